@@ -1,0 +1,10 @@
+"""weitiao (微调): fine-tune Hugging Face causal language models.
+
+    rows.jsonl ── rows ── formats ── templates ── tokens ── packing ── batch ┐
+                                                                             ├─ loop ── run folder ── chat, evaluate, merge
+    smollm2-135m ── source ── load ── methods ── attention ──────────────────┘
+
+Imports go down only:  cli > use > train > data | model > trie, metrics, screen > config, errors.
+"""
+
+__version__ = "0.1.0"

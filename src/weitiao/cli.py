@@ -1,0 +1,184 @@
+"""The command line: one short function a command. Settings come from config.py, work from the commands' own files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="weitiao (微调): fine-tune Hugging Face causal language models. Start with `weitiao demo`.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Run = Annotated[str, typer.Argument(help="A run folder, or RUN/checkpoints/N.", metavar="RUN")]
+MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens; the prompt is not counted.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0: greedy, the same text each time; higher: more varied.", min=0)]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.", min=0.01, max=1)]
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """`train --help` ends with every setting; the table is made from config.py when it is asked for."""
+
+    def format_epilog(self, ctx, formatter) -> None:
+        from weitiao.help import settings_text
+
+        formatter.write(settings_text(formatter.width))
+
+
+@app.command(cls=TrainCommand, context_settings={"ignore_unknown_options": True})
+def train(
+    what: Annotated[list[str] | None, typer.Argument(help="A YAML file of settings, or a run folder with --resume; then settings such as method.rank=16.", metavar="[FILE.yaml | RUN] [name=value]...")] = None,
+    model: Annotated[str | None, typer.Option(help="Short for model.name=…  [default: smollm2-135m]", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="Short for data.train=…: the rows to learn from.")] = None,
+    output: Annotated[str | None, typer.Option(help="The new run folder.  [default: runs/<data>-<method>-<model>]", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN from its newest whole checkpoint.")] = False,
+) -> None:
+    """Fine-tune a model on rows: --model NAME --data FILE is enough."""
+    from weitiao import config
+    from weitiao.errors import SettingError
+
+    words = [*(what or [])]
+    first = words.pop(0) if words and "=" not in words[0] else None
+    if resume:
+        if first is None or words or model or data or output:
+            raise SettingError("--resume takes a run folder and nothing else.", next_step="weitiao train RUN --resume")
+        from weitiao.screen import quiet_libraries
+
+        quiet_libraries()
+        from weitiao.train import train as training
+
+        training.resume(Path(first))
+        return
+    if first and (Path(first) / "config.yaml").is_file():
+        raise SettingError(f"{first} is a run folder.", next_step=f"Go on with it: weitiao train {first} --resume")
+    given = {"model.name": model, "data.train": data, "output": output}
+    settings = config.read(first, words, **given)
+    from weitiao.screen import quiet_libraries
+
+    quiet_libraries()
+    from weitiao.train import train as training
+
+    training.train(settings)
+
+
+@app.command()
+def chat(
+    run: Run,
+    max_new_tokens: MaxNew = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    system: Annotated[str | None, typer.Option(help="System text of the conversation.")] = None,
+) -> None:
+    """Talk to what a run has learned. /reset begins anew, /exit leaves."""
+    from weitiao.use.chat import chat as talk
+
+    talk(run, max_new_tokens, temperature, top_p, system)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    file: Annotated[str | None, typer.Option(help="Prompts: a text file with one a line, or rows in any format weitiao reads.")] = None,
+    output: Annotated[str | None, typer.Option(help="Write {prompt, answer} lines here, as JSON lines.")] = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    system: Annotated[str | None, typer.Option(help="System text before each prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at once.", min=1)] = 16,
+) -> None:
+    """Answer one prompt, or a file of them."""
+    from weitiao.use.chat import generate as answer
+
+    answer(run, prompt or [], file, output, max_new_tokens, temperature, top_p, system, batch_size)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Option(help="Rows to measure on.  [default: the run's own data.eval]", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(help="Answer this many of them.  [default: all]", min=1, show_default=False)] = None,
+    base: Annotated[bool, typer.Option("--base", help="Measure the untuned model beside it.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.  [default: a half more than the longest reference]", min=1, show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows answered at once.", min=1)] = 16,
+) -> None:
+    """Loss, perplexity, exact match, and field F1 where the answers are JSON."""
+    from weitiao.use.evaluate import evaluate as measure
+
+    measure(run, data, rows, base, max_new_tokens, batch_size)
+
+
+@app.command()
+def merge(
+    run: Run,
+    output: Annotated[str | None, typer.Option(help="The new model folder.  [default: RUN/merged]", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="In what the merged weights are written: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Merge what was learned into plain weights, proven before they are written."""
+    from weitiao.use.merge import merge as merge_run
+
+    merge_run(run, output, dtype)
+
+
+@app.command()
+def prove(
+    run: Run,
+    batches: Annotated[int, typer.Option(help="Batches of 8 rows to prove the trie on.", min=1)] = 4,
+    steps: Annotated[int, typer.Option(help="Steps to repeat and compare with the run's record; 0: none.", min=0)] = 2,
+) -> None:
+    """Prove a run at length: trie against plain rows, and its recorded steps against the same steps made again."""
+    from weitiao.use.prove import prove as prove_run
+
+    prove_run(run, batches, steps)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="The new run folder.")] = "runs/demo",
+) -> None:
+    """Fine-tune the embedded model on the bundled rows, and show it before and after. A few minutes on two cores."""
+    from weitiao.use.demo import demo as run_demo
+
+    run_demo(output)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from weitiao import __version__
+
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run a command; a user's mistake ends in one message and exit code 2, a signal in the shell's own code for it."""
+    from weitiao.errors import WeitiaoError
+
+    try:
+        app()
+    except WeitiaoError as mistake:
+        from weitiao.screen import error
+
+        error(str(mistake))
+        sys.exit(mistake.exit_code)
+    except KeyboardInterrupt:
+        from weitiao.screen import error
+
+        error("\nStopped.")
+        sys.exit(130)
+    except Exception as stopped:
+        code = getattr(stopped, "code", None)
+        if not isinstance(code, int):
+            raise
+        from weitiao.screen import error
+
+        error(str(stopped))
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

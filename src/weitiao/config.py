@@ -1,0 +1,380 @@
+"""Every setting once: name, type, default, bounds, unit, meaning.
+
+`Settings` is what a run is made of. YAML, the command line (`method.rank=16`) and the help text are all read from the
+classes below; nothing else in weitiao has a default for any of them. Unknown names are refused with the nearest known
+one. A setting keeps its name from YAML to the place that uses it.
+
+    model: smollm2-135m          is short for   model: {name: smollm2-135m}
+    data: rows.jsonl             is short for   data: {train: [{path: rows.jsonl}]}
+    method: lora                 is short for   method: {name: lora}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from weitiao.errors import SettingError, SourceError, nearest
+
+
+def setting(default: Any, meaning: str, unit: str = "", **bounds: Any) -> Any:
+    """One setting: its default (… where there is none), what it means, its unit, its bounds (ge, gt, le, lt)."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit} if unit else None, **bounds)
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _name_alone(value: Any) -> Any:
+    """`method: lora` is short for `method: {name: lora}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _method(value: Any) -> Any:
+    """The method is lora unless it is named."""
+    value = _name_alone(value)
+    return {"name": "lora", **value} if isinstance(value, Mapping) else value
+
+
+def _path_alone(value: Any) -> Any:
+    return {"path": value} if isinstance(value, (str, Path)) else value
+
+
+def _keys_as_text(value: Any) -> Any:
+    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Path, Mapping)) else value
+
+
+class Source(Group):
+    path: str = setting(..., "a file, a folder, a data set id (owner/name, hub:name, modelscope:owner/name)")
+    split: str = setting("train", "which split of a data set")
+    subset: str | None = setting(None, "which configuration of a data set on a hub")
+    share: float | None = setting(None, "its part of the mix, against the other files' shares; all files or none", gt=0)
+
+
+Sources = Annotated[list[Annotated[Source, BeforeValidator(_path_alone)]], BeforeValidator(_one_or_many)]
+
+
+class ModelSettings(Group):
+    name: str = setting("smollm2-135m", "smollm2-135m, a folder, a .gguf file, owner/name on the Hub, modelscope:owner/name, or pypi:package==version")
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model; only for authors you trust")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "in what the weights are held; auto: float32 where they are trained, else what training.precision computes in")
+
+
+class DataSettings(Group):
+    train: Sources = setting(..., "rows to learn from: one or several files or data sets", min_length=1)
+    eval: Sources = setting([], "rows to measure on, never learned from")
+    eval_share: float = setting(0.0, "part of the training rows to set aside for measuring, if data.eval is empty", ge=0, lt=1)
+    format: Literal["auto", "instruction", "completion", "messages", "sharegpt", "label"] = setting("auto", "how a row is laid out; auto: told from its columns")
+    columns: dict[str, str] = setting({}, "other names of columns, such as {instruction: question, output: answer}")
+    labels: Annotated[dict[str, str], BeforeValidator(_keys_as_text)] = setting({}, "text+label rows: the word that each label is answered with, such as {0: neg, 1: pos}")
+    template: str = setting("auto", "auto: the tokenizer's own chat template; or a named one, or a .jinja file")
+    system: str | None = setting(None, "system text put before rows that have none")
+    weight_column: str | None = setting(None, "column that holds how much a row counts in the loss")
+    max_tokens: int | None = setting(None, "longest row; default: the model's limit or the rows' 99th percentile, whichever is less", "tokens", ge=8)
+    bad_rows: Literal["skip", "refuse"] = setting("skip", "rows that cannot teach: skip and name them, or stop")
+    bad_share: float = setting(0.05, "stop in any case when more than this share of the rows cannot teach", ge=0, le=1)
+
+
+class LoraSettings(Group):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT."""
+
+    name: Literal["lora"] = setting("lora", "which method")
+    rank: int = setting(16, "rank of each update", ge=1)
+    alpha: float = setting(32.0, "the update is scaled by alpha / rank", gt=0)
+    dropout: float = setting(0.0, "share of an adapter's inputs dropped in training", ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = setting("all-linear", "names of the linear layers to adapt")
+
+    @property
+    def learning_rate(self) -> float:
+        return 5e-4
+
+
+class FullSettings(Group):
+    """Every weight is trained."""
+
+    name: Literal["full"] = setting("full", "which method")
+
+    @property
+    def learning_rate(self) -> float:
+        return 2e-5
+
+
+Method = Annotated[
+    Annotated[LoraSettings | FullSettings, Field(discriminator="name")], BeforeValidator(_method)
+]
+METHODS: tuple[type[Group], ...] = (LoraSettings, FullSettings)
+
+
+class TrainingSettings(Group):
+    epochs: float = setting(3.0, "how often each row is learned from", "epochs", gt=0)
+    steps: int | None = setting(None, "optimizer steps; given, it overrides epochs", "steps", ge=1)
+    batch_size: int = setting(16, "rows per optimizer step, over all passes and processes", "rows", ge=1)
+    nodes_per_pass: int | None = setting(None, "most tokens that go through the model at once; a step is split to fit; default: from the free memory", "tokens", ge=16)
+    layout: Literal["auto", "trie", "padded"] = setting("auto", "trie: shared prefixes are computed once; padded: rows side by side; auto: trie if it proves itself on the first batch, else padded")
+    learning_rate: float | None = setting(None, "peak learning rate; default: the method's (lora 5e-4, full 2e-5)", gt=0)
+    scheduler: str = setting("linear", "how the learning rate goes on: any name transformers.get_scheduler takes (linear, cosine, constant_with_warmup, …)")
+    scheduler_options: dict[str, Any] = setting({}, "further arguments of the scheduler")
+    warmup: float = setting(0.03, "below 1: share of the steps; from 1 on: number of steps", "steps or share", ge=0)
+    optimizer: str = setting("adamw_torch", "any name transformers.TrainingArguments(optim=…) takes")
+    optimizer_options: str = setting("", "further arguments of the optimizer, as key=value,key=value")
+    weight_decay: float = setting(0.0, "of matrices; biases and norms are not decayed", ge=0)
+    adam_beta1: float = setting(0.9, "", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, "", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "", gt=0)
+    max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never", ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "in what is computed; auto: bf16 on a GPU that has it, else fp32. Trained weights stay fp32")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
+    seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
+
+
+class EvaluationSettings(Group):
+    every: Literal["epoch", "end"] | Annotated[int, Field(ge=1)] = setting("epoch", "epoch, end, or a number of steps", "steps")
+    metric: Literal["loss", "exact_match", "field_f1"] = setting("loss", "what the best checkpoint is chosen by; the latter two need answers to be generated")
+    rows: int | None = setting(None, "how many rows to generate answers for; default: all", "rows", ge=1)
+    max_new_tokens: int | None = setting(None, "longest answer; default: a half more than the longest reference", "tokens", ge=1)
+    batch_size: int = setting(16, "rows that answers are generated for at once", "rows", ge=1)
+
+
+class SavingSettings(Group):
+    every: Literal["epoch", "end"] | Annotated[int, Field(ge=1)] = setting("epoch", "epoch, end, or a number of steps", "steps")
+    keep: int = setting(2, "how many checkpoints to keep; the best one is kept besides", "checkpoints", ge=2)
+
+
+class Settings(Group):
+    """All that makes a run."""
+
+    model: Annotated[ModelSettings, BeforeValidator(_name_alone)] = ModelSettings()
+    data: DataSettings
+    method: Method = LoraSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    saving: SavingSettings = SavingSettings()
+    output: str | None = setting(None, "the run folder; default: runs/<data>-<method>-<model>, numbered")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_alone(cls, values: Any) -> Any:
+        data = values.get("data") if isinstance(values, Mapping) else None
+        if isinstance(data, (str, list)) or (isinstance(data, Mapping) and "path" in data):
+            return {**values, "data": {"train": data}}
+        return values
+
+    @model_validator(mode="after")
+    def _shares_for_all_or_none(self) -> Settings:
+        given = [source.share is not None for source in self.data.train]
+        if any(given) and not all(given):
+            raise ValueError("data.train: give every file a share, or none")
+        if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
+            raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        return self.training.learning_rate or self.method.learning_rate
+
+
+# ---------------------------------------------------------------------------------------------- reading settings
+
+
+def read(file: str | None = None, overrides: Sequence[str] = (), **given: Any) -> Settings:
+    """Settings from a YAML file, then `given` (dotted names by keyword), then overrides such as `method.rank=16`.
+
+    Raises:
+        SourceError: the file is missing.
+        SettingError: it is no YAML, or a setting is unknown or out of bounds.
+    """
+    values = _read_yaml(file) if file else {}
+    for name, value in given.items():
+        if value is not None:
+            _put(values, name, value)
+    for override in overrides:
+        name, equals, text = override.removeprefix("--").partition("=")
+        if not equals or not name:
+            raise SettingError(
+                f"Found {override!r} among the settings.", "Expected name=value, such as method.rank=16.",
+                "`weitiao train --help` lists every setting.",
+            )
+        try:
+            value = _scalar(text)
+        except yaml.YAMLError as error:
+            raise SettingError(f"The value of {name} cannot be read: {text!r}.", str(error).splitlines()[0]) from None
+        _put(values, name.replace("-", "_"), value)
+    return parse(values)
+
+
+def parse(values: Mapping[str, Any]) -> Settings:
+    """Settings from plain values; every mistake in them is told in one message."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, values) from None
+
+
+def to_yaml(settings: Settings) -> str:
+    return yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+
+
+def _scalar(text: str) -> Any:
+    """A value as YAML reads it, but for 1e-4, which YAML 1.1 takes for a text."""
+    value = yaml.safe_load(text) if text else None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise SourceError(f"There is no file {file}.", "Expected a YAML file of settings, or a run folder.", nearest(path.name, siblings))
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"{file} is not readable as YAML.", str(error), "Check indentation and colons.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise SettingError(f"{file} holds a {type(values).__name__}.", "Expected settings such as `data: rows.jsonl`.")
+    return values
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `method.rank` in nested values; a short form on the way (`method: lora`) is spelled out first."""
+    *groups, leaf = dotted.split(".")
+    here = values
+    for group in groups:
+        inner = here.get(group)
+        if isinstance(inner, (str, list)):
+            inner = {"train": inner} if group == "data" else {"name": inner}
+        here[group] = here = dict(inner or {})
+    here[leaf] = value
+
+
+# What peers call it, where a nearest match would not find it.
+ELSEWHERE = {
+    "gradient_accumulation_steps": "training.batch_size counts the rows of a whole optimizer step; training.nodes_per_pass says how much of it is computed at once.",
+    "per_device_train_batch_size": "training.batch_size counts the rows of a whole optimizer step.",
+    "num_train_epochs": "It is called training.epochs.",
+    "max_steps": "It is called training.steps.",
+    "lora_alpha": "It is called method.alpha.",
+    "lora_rank": "It is called method.rank.",
+    "r": "It is called method.rank.",
+    "lora_dropout": "It is called method.dropout.",
+    "target_modules": "It is called method.targets.",
+    "lr_scheduler_type": "It is called training.scheduler.",
+    "warmup_ratio": "It is called training.warmup; below 1 it is a share.",
+    "warmup_steps": "It is called training.warmup; from 1 on it is a number of steps.",
+    "gradient_checkpointing": "It is called training.checkpointing.",
+    "output_dir": "It is called output.",
+    "save_steps": "It is called saving.every.",
+    "eval_steps": "It is called evaluation.every.",
+    "max_length": "It is called data.max_tokens.",
+    "cutoff_len": "It is called data.max_tokens.",
+    "val_size": "It is called data.eval_share.",
+    "lr": "It is called training.learning_rate.",
+    "bf16": "It is called training.precision: bf16.",
+}
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
+    known = [name for name, _, _ in every_setting()]
+    found, cures = [], []
+    for item in error.errors():
+        # pydantic puts the chosen kind of a union into the path: method.lora.rank is method.rank to a user.
+        name = ".".join(str(part) for part in item["loc"] if _is_name(part))
+        if item["type"] == "extra_forbidden":
+            found.append(f"There is no setting {name!r}.")
+            leaf = name.split(".")[-1]
+            if name in known:  # a setting of another method
+                owner = next(note for k, _, note in every_setting() if k == name)
+                cures.append(f"{name} belongs to the method {owner}; this run's method is {_method_name(values)}.")
+                continue
+            same_leaf = [k for k in known if k.split(".")[-1] == leaf]
+            cures.append(ELSEWHERE.get(leaf) or (f"Did you mean {same_leaf[0]!r}?" if same_leaf else nearest(name, known)))
+        elif item["type"] == "missing":
+            found.append(f"The setting {name} is missing." if name != "data" else "There are no rows to learn from.")
+            cures.append("Give --data FILE, or data: FILE in the YAML." if name.startswith("data") else "")
+        elif item["type"].startswith("union_tag"):
+            found.append(f"There is no method {_method_name(values)!r}.")
+            cures.append(f"Methods: {', '.join(m.model_fields['name'].default for m in METHODS)}.")
+        else:
+            label = f"{name} = {item['input']!r}: " if name else ""
+            found.append(f"{label}{item['msg'].removeprefix('Value error, ')}.")
+    cures = [c for c in dict.fromkeys(cures) if c]
+    return SettingError("\n".join(dict.fromkeys(found)), "\n".join(cures), "`weitiao train --help` lists every setting.")
+
+
+def _is_name(part: str | int) -> bool:
+    tags = {m.model_fields["name"].default for m in METHODS} | {"constrained-int", "int", "float", "list[str]"}
+    return part not in tags and not str(part).startswith(("literal[", "function-", "constrained-"))
+
+
+def _method_name(values: Mapping[str, Any]) -> Any:
+    method = values.get("method")
+    return method.get("name") if isinstance(method, Mapping) else method
+
+
+# -------------------------------------------------------------------------------------------- showing settings
+
+
+def every_setting() -> Iterator[tuple[str, FieldInfo, str]]:
+    """(dotted name, field, note) of every setting; the note says which method a method's setting belongs to."""
+    for name, info in Settings.model_fields.items():
+        if name == "method":
+            yield name, info, ""
+            for method in METHODS:
+                for leaf, leaf_info in method.model_fields.items():
+                    if leaf != "name":
+                        yield f"method.{leaf}", leaf_info, method.model_fields["name"].default
+        elif name == "output":
+            yield name, info, ""
+        else:
+            group = _group(info)
+            yield from ((f"{name}.{leaf}", leaf_info, "") for leaf, leaf_info in group.model_fields.items())
+
+
+def _group(info: FieldInfo) -> type[Group]:
+    annotation = info.annotation
+    return annotation if isinstance(annotation, type) else get_args(annotation)[0]
+
+
+def describe_type(info: FieldInfo) -> str:
+    """A type as a user would say it: `int >= 1`, `one of auto, fp32, bf16`."""
+    annotation = info.annotation
+    words = _type_words(annotation)
+    bounds = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+    for bound in info.metadata:
+        sign = bounds.get(type(bound).__name__)
+        if sign:
+            value = getattr(bound, type(bound).__name__.lower())
+            words += f" {sign} {value:g}"
+    return words
+
+
+def _type_words(annotation: Any) -> str:
+    args = get_args(annotation)
+    if annotation is Sources or annotation is Method:
+        return "list" if annotation is Sources else "name"
+    if str(annotation).startswith("typing.Literal"):
+        return "|".join(str(a) for a in args)
+    if isinstance(annotation, type) and not args:
+        return {"str": "text", "bool": "true|false", "float": "number", "int": "whole number"}.get(annotation.__name__, annotation.__name__)
+    if str(annotation).startswith(("list", "dict")):
+        return "list" if str(annotation).startswith("list") else "map"
+    if str(annotation).startswith("typing.Annotated"):
+        return _type_words(args[0])
+    return "|".join(_type_words(a) for a in args if a is not type(None)) or str(annotation)

@@ -1,0 +1,82 @@
+"""A pass -> a plain dict of tensors, the keyword arguments of one call of the model. torch is first imported here.
+
+A trie becomes one row of T nodes with its `Plan` (who sees whom, who predicts what); rows to be padded become the
+ordinary batch of transformers with `targets` and `weights` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from weitiao.trie import Example, Segment, Trie
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a model needs of a trie beside its tokens.
+
+    segments: the unbranching runs, for attention.
+    subtree_end: int64 [T], depth: int64 [T] (sees(q, k) = k <= q < subtree_end[k]).
+    predictors: int64 [E], the node that predicts each learned edge; targets: int64 [E]; weights: float32 [E].
+    """
+
+    segments: list[Segment]
+    subtree_end: torch.Tensor
+    depth: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+
+def trie_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """input_ids and position_ids [1, T], and the plan.
+
+    The attention mask is a token of the kind "already made": transformers leaves a 4-D mask alone, so no T x T mask
+    is ever built, and our attention reads the plan instead.
+    """
+    edges = trie.edges()
+    plan = Plan(
+        segments=trie.segments(),
+        subtree_end=_tensor(trie.subtree_end, device),
+        depth=_tensor(trie.depth, device),
+        predictors=_tensor(trie.parent[edges], device),
+        targets=_tensor(trie.token[edges], device),
+        weights=_tensor(trie.weight[edges], device),
+    )
+    return {
+        "input_ids": _tensor(trie.token[None], device),
+        "position_ids": plan.depth[None],
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
+        "trie": plan,
+    }
+
+
+def padded_batch(rows: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """input_ids, attention_mask, targets [B, T] and weights [B, T], padded to the right.
+
+    targets[b, t] is the token that position t predicts (the next one), weights[b, t] how much that is learned.
+    """
+    width = max(len(row) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    targets = np.zeros((len(rows), width), np.int64)
+    weights = np.zeros((len(rows), width), np.float32)
+    for b, row in enumerate(rows):
+        n = len(row)
+        input_ids[b, :n], mask[b, :n] = row.ids, 1
+        targets[b, : n - 1], weights[b, : n - 1] = row.ids[1:], row.weights[1:]
+    return {
+        "input_ids": _tensor(input_ids, device),
+        "attention_mask": _tensor(mask, device),
+        "targets": _tensor(targets, device),
+        "weights": _tensor(weights, device),
+    }
+
+
+def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

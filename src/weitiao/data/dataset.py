@@ -1,0 +1,196 @@
+"""Settings -> the rows that can teach, encoded; and an account of those that cannot.
+
+    sources -> rows -> conversations -> turns -> ids -> cut to max_tokens -> Examples
+
+A row that cannot teach (no answer, an unknown speaker, an answer cut away) is set aside with its place and the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from weitiao.config import DataSettings, Source
+from weitiao.data import rows as reading
+from weitiao.data.conversation import Conversation
+from weitiao.data.formats import CannotTeach, convert, detect, row_weight
+from weitiao.data.rows import Row
+from weitiao.data.templates import Template
+from weitiao.data.tokens import EncodedTurn, encode_turn, examples
+from weitiao.errors import RowError, TemplateError
+from weitiao.trie import Example
+
+
+@dataclass(frozen=True)
+class Skipped:
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRow:
+    """A row that can teach: where it stands, what was said, and its paths (one for each learned turn)."""
+
+    where: str
+    conversation: Conversation
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows that can teach. max_tokens is the longest row in force; cut counts the rows that lost tokens to it."""
+
+    rows: list[TrainingRow]
+    skipped: list[Skipped] = field(default_factory=list)
+    max_tokens: int = 0
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e) for row in self.rows for e in row.examples)
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(int((e.weights > 0).sum()) for row in self.rows for e in row.examples)
+
+    def fingerprint(self) -> str:
+        """A hash of every id and weight, in order: the same rows, the same run."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for example in row.examples:
+                digest.update(example.ids.tobytes())
+                digest.update(example.weights.tobytes())
+        return digest.hexdigest()
+
+    def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
+        """(rows to learn from, rows to measure on): `share` of the rows, drawn by the seed, at least one of each."""
+        measured = max(1, min(len(self.rows) - 1, round(share * len(self.rows))))
+        drawn = set(np.random.default_rng([seed, 0x5A]).permutation(len(self.rows))[:measured].tolist())
+        learn = [row for i, row in enumerate(self.rows) if i not in drawn]
+        measure = [row for i, row in enumerate(self.rows) if i in drawn]
+        return (
+            Dataset(learn, self.skipped, self.max_tokens, self.cut),
+            Dataset(measure, [], self.max_tokens, 0),
+        )
+
+
+def load(
+    sources: Sequence[Source], settings: DataSettings, template: Template, model_limit: int, vocabulary: int, seed: int,
+    max_tokens: int | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+) -> Dataset:
+    """Read, convert, encode and cut the rows of some sources.
+
+    Args:
+        model_limit: the longest row the model takes, in tokens. vocabulary: rows of its embedding.
+        max_tokens: in the place of the setting's default, for rows that are measured as others were trained.
+        progress: wraps an iterable to show how far it is.
+
+    Raises:
+        RowError: nothing can be learned from any row, too many rows cannot teach, or an id is outside the embedding.
+    """
+    mixed = _read(sources, settings, seed)
+    skipped: list[Skipped] = []
+    encoded: list[tuple[Row, Conversation, list[EncodedTurn]]] = []
+    for row, format in progress(mixed, "Reading rows"):
+        try:
+            conversation = convert(row, format, settings)
+            encoded.append((row, conversation, _encode(conversation, template, model_limit)))
+        except (CannotTeach, TemplateError) as reason:
+            skipped.append(Skipped(row.where, str(reason)))
+    longest = [max(len(turn) for turn in turns) for _, _, turns in encoded]
+    limit = max_tokens or settings.max_tokens or (int(np.percentile(longest, 99, method="higher")) if longest else model_limit)
+    limit = min(limit, model_limit)
+    kept: list[TrainingRow] = []
+    for row, conversation, turns in encoded:
+        paths = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
+        paths = tuple(path for path in paths if path.weights.any())
+        if not paths:
+            prompt = len(turns[0].prompt)
+            skipped.append(Skipped(row.where, f"its answer is cut away: the prompt alone has {prompt} of {limit} tokens"
+                                   if prompt + 1 >= limit else "its weight is 0"))
+            continue
+        _refuse_outside(paths, vocabulary, row.where)
+        kept.append(TrainingRow(row.where, conversation, paths))
+    _refuse_if_too_many(skipped, len(mixed), limit, settings)
+    return Dataset(kept, skipped, limit, sum(n > limit for n in longest))
+
+
+def _read(sources: Sequence[Source], settings: DataSettings, seed: int) -> list[tuple[Row, str]]:
+    """Every row with the format of its file, mixed by the files' shares."""
+    files = []
+    for source in sources:
+        found = list(reading.read_rows(source.path, split=source.split, name=source.subset))
+        format = detect(found, settings)
+        if format == "label" and not settings.labels:
+            found = _name_labels(found, reading.label_names(source.path, split=source.split, name=source.subset))
+        files.append((found, format))
+    formats = {id(row): format for found, format in files for row in found}
+    mixed = reading.mix([found for found, _ in files], [source.share for source in sources], seed)
+    return [(row, formats[id(row)]) for row in mixed]
+
+
+def _name_labels(found: list[Row], names: dict[int, str] | None) -> list[Row]:
+    """Labels by the names that the data set itself gives them, where it does."""
+    if not names:
+        return found
+    return [replace(row, fields=row.fields | {"label": names.get(row.fields["label"], row.fields["label"])}) for row in found]
+
+
+def _encode(conversation: Conversation, template: Template, model_limit: int) -> list[EncodedTurn]:
+    """The turns of a conversation up to where the model's limit ends it; a chat of 300 turns is not read to its end."""
+    turns = []
+    for turn in template.turns(conversation):
+        encoded = encode_turn(turn, template)
+        turns.append(encoded)
+        if len(encoded) > model_limit:
+            break
+    return turns
+
+
+def _refuse_outside(paths: Sequence[Example], vocabulary: int, where: str) -> None:
+    for path in paths:
+        if path.ids.max() >= vocabulary:
+            raise RowError(
+                f"{where}: token id {int(path.ids.max())} is outside the model's embedding of {vocabulary} rows.",
+                "Expected a tokenizer that belongs to the model.",
+                "Use the tokenizer that came with the model, or leave out the tokens that were added to it.",
+            )
+
+
+def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, limit: int, settings: DataSettings) -> None:
+    if not skipped:
+        return
+    listing = skipped_summary(skipped)
+    if len(skipped) == rows:
+        cut = all("cut away" in s.reason for s in skipped)
+        cure = "Raise data.max_tokens." if cut and settings.max_tokens else "Shorten the prompts." if cut else ""
+        raise RowError(f"Nothing can be learned from any of the {rows} rows.\n{listing}", next_step=cure)
+    if settings.bad_rows == "refuse":
+        raise RowError(f"{len(skipped)} of {rows} rows cannot teach.\n{listing}", "data.bad_rows=refuse stops on the first.",
+                       "Mend them, or skip them with data.bad_rows=skip.")
+    if len(skipped) > settings.bad_share * rows:
+        raise RowError(
+            f"{len(skipped)} of {rows} rows cannot teach ({len(skipped) / rows:.1%}).\n{listing}",
+            f"Expected at most {settings.bad_share:.0%} (data.bad_share).",
+            "Mend them, or allow them with a larger data.bad_share.",
+        )
+
+
+def skipped_summary(skipped: Sequence[Skipped], named: int = 3) -> str:
+    """`3 rows: no answer (rows.jsonl:4, rows.jsonl:9, …)`, a line a reason."""
+    by_reason = defaultdict(list)
+    for item in skipped:
+        by_reason[item.reason.split(":")[0]].append(item)
+    lines = []
+    for reason, items in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
+        places = ", ".join(item.where for item in items[:named]) + (", …" if len(items) > named else "")
+        text = items[0].reason if len(items) == 1 else reason
+        lines.append(f"  {len(items)} {'row' if len(items) == 1 else 'rows'}: {text} ({places})")
+    return "\n".join(lines)

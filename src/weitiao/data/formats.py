@@ -1,0 +1,242 @@
+"""A row's fields -> a `Conversation`; and which format is this row?
+
+    instruction   instruction, input (optional), output; system, history as in alpaca files
+    completion    prompt, completion (or prompt/response, question/answer, query/response, input/output)
+    messages      messages: [{role, content}], content a text or a list of typed parts
+    sharegpt      conversations: [{from, value}]
+    label         text, label
+
+A format is a row of the table `FORMATS`: the columns that give it away, and a function.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weitiao.config import DataSettings
+from weitiao.data.conversation import Conversation, Message
+from weitiao.data.rows import Row
+from weitiao.errors import RowError
+
+
+class CannotTeach(Exception):
+    """Why nothing can be learned from a row, in a few words."""
+
+
+@dataclass(frozen=True)
+class Format:
+    columns: tuple[frozenset[str], ...]
+    """Any of these sets of columns gives the format away."""
+    convert: Callable[[Mapping[str, Any], DataSettings], Conversation]
+
+
+def _instruction(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
+    prompt = "\n".join([_text(fields, "instruction"), _text(fields, "input")]).strip()
+    history = [
+        message
+        for question, answer in fields.get("history") or []
+        for message in (Message("user", str(question)), Message("assistant", str(answer), 1.0))
+    ]
+    return _exchange(prompt, fields.get("output"), _text(fields, "system"), history)
+
+
+COMPLETION_PAIRS = (
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"), ("input", "output"),
+)
+
+
+def _completion(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
+    question, answer = next(pair for pair in COMPLETION_PAIRS if set(pair) <= set(fields))
+    return _exchange(_text(fields, question), fields[answer], _text(fields, "system"))
+
+
+def _messages(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
+    return _chat(fields["messages"], fields)
+
+
+def _sharegpt(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
+    return _chat(fields["conversations"], fields)
+
+
+def _label(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
+    label = fields["label"]
+    if label is None:
+        raise CannotTeach("no label")
+    if settings.labels and str(label) not in settings.labels:
+        raise CannotTeach(f"label {label!r} is not among data.labels ({', '.join(settings.labels)})")
+    conversation = _exchange(_text(fields, "text"), settings.labels.get(str(label), str(label)))
+    return Conversation(conversation.messages, bare_label=True)
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format((frozenset({"messages"}),), _messages),
+    "sharegpt": Format((frozenset({"conversations"}),), _sharegpt),
+    "instruction": Format((frozenset({"instruction", "output"}),), _instruction),
+    "completion": Format(tuple(frozenset(pair) for pair in COMPLETION_PAIRS), _completion),
+    "label": Format((frozenset({"text", "label"}),), _label),
+}
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
+}
+
+
+def rename(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Give the user's columns the names that formats know: data.columns maps ours to theirs."""
+    if not columns:
+        return dict(fields)
+    renamed = {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+    return {k: v for k, v in fields.items() if k not in columns.values()} | renamed
+
+
+def detect(rows: Iterable[Row], settings: DataSettings) -> str:
+    """The format of a file, told from the columns of the first row that has known ones.
+
+    Raises:
+        RowError: no row has columns that any format knows (or that the format asked for needs).
+    """
+    wanted = FORMATS if settings.format == "auto" else {settings.format: FORMATS[settings.format]}
+    first: Row | None = None
+    for row in rows:
+        first = first or row
+        names = set(rename(row.fields, settings.columns))
+        for name, kind in wanted.items():
+            if any(columns <= names for columns in kind.columns):
+                return name
+    assert first is not None, "a source without rows is refused when it is read"
+    known = "; ".join(f"{n}: {' or '.join('+'.join(sorted(c)) for c in f.columns)}" for n, f in wanted.items())
+    raise RowError(
+        f"{first.where} has the columns {', '.join(map(str, first.fields))}.",
+        f"Expected columns of one of these formats. {known}.",
+        "Rename them, or say which is which: data.columns='{instruction: …, output: …}'.",
+    )
+
+
+def convert(row: Row, format: str, settings: DataSettings) -> Conversation:
+    """A row as a conversation with at least one turn to learn.
+
+    Raises:
+        CannotTeach: it lacks the format's columns, has no answer, or ends on a human turn.
+    """
+    fields = rename(row.fields, settings.columns)
+    kind = FORMATS[format]
+    if not any(columns <= set(fields) for columns in kind.columns):
+        raise CannotTeach(f"its columns are {', '.join(map(str, fields))}")
+    conversation = kind.convert(fields, settings)
+    if settings.system and conversation.messages[0].role != "system":
+        system = Message("system", settings.system)
+        conversation = Conversation((system, *conversation.messages), conversation.bare_label, conversation.tools)
+    if not conversation.turns():
+        raise CannotTeach("no answer")
+    if any(_is_broken(message.content) for message in conversation.messages):
+        raise CannotTeach("half of a surrogate pair, which is no text")
+    return conversation
+
+
+def row_weight(row: Row, settings: DataSettings) -> float:
+    """How much a row counts in the loss.
+
+    Raises:
+        RowError: the column is missing, or holds no number of 0 or more.
+    """
+    column = settings.weight_column
+    if column is None:
+        return 1.0
+    if column not in row.fields:
+        raise RowError(f"{row.where} has no column {column!r}.", "Expected the weight named by data.weight_column.",
+                       f"Its columns are {', '.join(map(str, row.fields))}.")
+    try:
+        weight = float(row.fields[column])
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise RowError(f"{row.where}: the weight is {row.fields[column]!r}.", "Expected a number of 0 or more.")
+    return weight
+
+
+def _is_broken(text: str) -> bool:
+    """JSON can write a lone surrogate, which no encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _exchange(prompt: str, answer: Any, system: str = "", history: list[Message] | None = None) -> Conversation:
+    if answer is None or not str(_plain(answer)).strip():
+        raise CannotTeach("no answer")
+    if not prompt.strip():
+        raise CannotTeach("no prompt")
+    opening = [Message("system", system)] if system else []
+    return Conversation((*opening, *(history or []), Message("user", prompt), Message("assistant", _plain(answer), 1.0)))
+
+
+def _plain(value: Any) -> str:
+    """An answer as text; a table or list in a JSON file is written as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    return "" if value is None else _plain(value)
+
+
+def _chat(turns: Any, fields: Mapping[str, Any]) -> Conversation:
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except json.JSONDecodeError:
+            raise CannotTeach("the conversation is a text, not a list") from None
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise CannotTeach("no turns")
+    messages = [_message(turn) for turn in turns]
+    system = _text(fields, "system")
+    if system and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    if messages[-1].role != "assistant":
+        raise CannotTeach(f"ends on a {'human' if messages[-1].role == 'user' else messages[-1].role} turn")
+    return Conversation(tuple(messages), tools=_tools(fields.get("tools")))
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise CannotTeach(f"a turn is a {type(turn).__name__}, not an object")
+    name = turn.get("role", turn.get("from"))
+    if str(name).lower() not in ROLES:
+        raise CannotTeach(f"unknown speaker {name!r}")
+    role = ROLES[str(name).lower()]
+    content, weight = _content(turn.get("content", turn.get("value")))
+    if "loss_weight" in turn or "weight" in turn:
+        weight = float(turn.get("loss_weight", turn.get("weight")))
+    return Message(role, content, weight if role == "assistant" and content.strip() else 0.0)
+
+
+def _content(content: Any) -> tuple[str, float]:
+    """(text, weight) of a message's content: a text, or the texts of its typed parts."""
+    if content is None:
+        return "", 1.0
+    if not isinstance(content, (list, tuple)):
+        return _plain(content), 1.0
+    texts = []
+    for part in content:
+        if isinstance(part, Mapping) and part.get("type", "text") != "text":
+            raise CannotTeach(f"a part of type {part['type']!r}; only text can be learned")
+        texts.append(str(part.get("text", part.get("value", ""))) if isinstance(part, Mapping) else str(part))
+    return "".join(texts), 1.0
+
+
+def _tools(tools: Any) -> tuple[Any, ...]:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise CannotTeach("its tools are no JSON") from None
+    return tuple(tools) if isinstance(tools, list) else ()

@@ -1,0 +1,57 @@
+"""The rows of an optimizer step -> passes that each fit a budget of nodes.
+
+A pass is what goes through the model at once: a `Trie`, or a few rows that are padded side by side. Weights add up over
+passes, so how a step is split changes nothing that is learned; it changes only how often a shared prefix is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from weitiao.trie import Example, Trie, build, common_prefix, sort_key
+
+
+def trie_passes(examples: Sequence[Example], budget: int) -> list[Trie]:
+    """Tries of at most `budget` nodes each (one row longer than that makes a pass of its own).
+
+    Rows are sorted, so each cut falls at a branch, and the shared prefix is repeated in both parts. With the number of
+    passes known, the cuts are moved so that the largest pass is as small as can be: that bounds the memory.
+    """
+    rows = sorted(examples, key=sort_key)
+    shared = [0] + [common_prefix(a.ids, b.ids) for a, b in zip(rows, rows[1:])]
+
+    def cuts(limit: int) -> list[int]:
+        """Where passes start when each takes rows until `limit` nodes."""
+        starts, nodes = [0], len(rows[0])
+        for i in range(1, len(rows)):
+            nodes += len(rows[i]) - shared[i]
+            if nodes > limit:
+                starts.append(i)
+                nodes = len(rows[i])
+        return starts
+
+    limit = _smallest(lambda n: len(cuts(n)), budget, low=max(len(row) for row in rows))
+    starts = cuts(limit)
+    return [build(rows[a:b]) for a, b in zip(starts, starts[1:] + [len(rows)])]
+
+
+def padded_passes(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+    """Rows of like length side by side, at most `budget` places each, pads included; the second, independent path."""
+    passes: list[list[Example]] = []
+    for row in sorted(examples, key=lambda e: (len(e), sort_key(e))):
+        if passes and (len(passes[-1]) + 1) * len(row) <= budget:
+            passes[-1].append(row)
+        else:
+            passes.append([row])
+    return passes
+
+
+def _smallest(passes_at: Callable[[int], int], budget: int, low: int) -> int:
+    """The smallest limit that needs no more passes than `budget` does."""
+    if low >= budget:
+        return budget
+    wanted, high = passes_at(budget), budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes_at(middle) <= wanted else (middle + 1, high)
+    return high

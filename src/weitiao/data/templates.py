@@ -1,0 +1,166 @@
+"""A `Conversation` -> pieces of text, each given or learned.
+
+A turn is rendered as inference will meet it: the prompt is what the template makes of the messages before the answer,
+with the generation prompt; the answer is what the template writes after that, up to its stop token. One template object
+renders for training, evaluation and chat alike, so the two prompts cannot come apart.
+
+Templates are chat templates of transformers: the tokenizer's own by default, or a named .jinja file in `templates/`,
+rendered by the tokenizer's `apply_chat_template` in either case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weitiao.data.conversation import Conversation
+from weitiao.errors import TemplateError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).with_name("templates")
+WITHOUT_OWN = "human_assistant"  # for tokenizers that bring no chat template, such as GPT-2's
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer and the prompt that inference would send for it.
+
+    prompt: text; answer: text without the stop token; weight: how much it is learned; stops: is the stop token learned?
+    """
+
+    prompt: str
+    answer: str
+    weight: float
+    stops: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """How conversations are written for one tokenizer.
+
+    name: "auto" for the tokenizer's own, else the named one. source: its jinja text. stop_id: the one id that ends an
+    answer. begins_with_bos: does the tokenizer put a BOS before a plain text, and the template none of its own?
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    stop_id: int
+    begins_with_bos: bool
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Where generation stops: the learned stop token, and the tokenizer's EOS where that is another."""
+        return list(dict.fromkeys(i for i in (self.stop_id, self.tokenizer.eos_token_id) if i is not None))
+
+    def render(self, messages: Sequence[dict[str, str]], answer_next: bool, tools: Sequence[Any] = ()) -> str:
+        """Messages as text; with answer_next, up to where the assistant's answer begins.
+
+        Raises:
+            TemplateError: the template refuses these messages (roles that do not alternate, say).
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.source, add_generation_prompt=answer_next, tokenize=False,
+                tools=list(tools) or None,
+            )
+        except Exception as error:  # a template raises whatever its author chose
+            raise TemplateError(f"The template {self.name!r} refuses the conversation: {error}") from error
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> np.ndarray:
+        """The ids that inference sends for these messages, int32 [T]."""
+        return self.encode_prompt(self.render(messages, answer_next=True, tools=tools))
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if self.begins_with_bos and ids[:1] != [self.tokenizer.bos_token_id]:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        return np.asarray(ids, np.int32)
+
+    def turns(self, conversation: Conversation) -> Iterator[Turn]:
+        """Each learned turn of a conversation, with its prompt."""
+        for i in conversation.turns():
+            message = conversation.messages[i]
+            prompt = self.render(conversation.as_dicts(i), True, conversation.tools)
+            written = self.render(conversation.as_dicts(i + 1), False, conversation.tools)
+            answer = message.content
+            if written.startswith(prompt):
+                # What the template makes of the answer (it may strip it), without the stop token and what follows.
+                answer = _before_stop(written[len(prompt) :], self.tokenizer.decode([self.stop_id]))
+            yield Turn(prompt, answer, message.weight, stops=not conversation.bare_label)
+
+
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of a run: `auto`, a named one, or a .jinja file.
+
+    Raises:
+        TemplateError: there is none of that name, or no single id ends its answers.
+    """
+    source, own = _source(name, tokenizer)
+    if name == "auto" and not own:
+        name = WITHOUT_OWN
+    adds_bos = not own and tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    template = Template(tokenizer, name, source, stop_id=-1, begins_with_bos=adds_bos)
+    return Template(tokenizer, name, source, _stop_id(template), adds_bos)
+
+
+def named_templates() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+
+def _source(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """(jinja text, is it the tokenizer's own?)"""
+    if name == "auto" and tokenizer.chat_template:
+        return tokenizer.get_chat_template(), True
+    if name.endswith(".jinja"):
+        if not Path(name).is_file():
+            raise TemplateError(f"There is no template file {name}.")
+        return Path(name).read_text("utf-8"), False
+    file = FOLDER / f"{WITHOUT_OWN if name == 'auto' else name}.jinja"
+    if not file.is_file():
+        known = ["auto", *named_templates()]
+        raise TemplateError(f"There is no template {name!r}. {nearest(name, known)}".rstrip(),
+                            f"Expected one of {', '.join(known)}, or a .jinja file.")
+    return file.read_text("utf-8"), False
+
+
+def _stop_id(template: Template) -> int:
+    """The id that ends an answer: the first special token that the template writes after one, else the EOS.
+
+    Found by asking the template, since it is <|im_end|> here, <|eot_id|> or <end_of_turn> there, and not always the EOS.
+    """
+    tokenizer = template.tokenizer
+    asked, answer = [{"role": "user", "content": "1"}], "2"
+    after = ""
+    try:
+        prompt = template.render(asked, True)
+        written = template.render([*asked, {"role": "assistant", "content": answer}], False)
+        if written.startswith(prompt):
+            after = written[len(prompt) :].partition(answer)[2]
+    except TemplateError:
+        pass  # a template that wants more than one exchange; its answers end with the EOS
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    for token in tokenizer(after, add_special_tokens=False).input_ids:
+        if token in special:
+            return token
+    if tokenizer.eos_token_id is None:
+        raise TemplateError(
+            "The tokenizer has no EOS token, and the template writes none after an answer: the model would never stop.",
+            next_step="Choose a template that ends its answers (data.template), or set eos_token in tokenizer_config.json.",
+        )
+    return tokenizer.eos_token_id
+
+
+def _before_stop(text: str, stop: str) -> str:
+    return text.partition(stop)[0] if stop and stop in text else text.rstrip("\n")

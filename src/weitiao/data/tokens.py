@@ -1,0 +1,60 @@
+"""Turns -> `Example`s: ids and, per token, how much it is learned. The one place that decides who is learned.
+
+    given     every token of the prompt                         weight 0
+    learned   every token of the answer, and the stop token     weight of the turn x weight of the row
+
+Prompt and answer meet as they do at inference: the prompt is encoded alone, and the answer is what encoding both together
+adds to it. Where that would change the prompt's own ids (a merge across the seam), the answer is encoded alone instead.
+The stop token is added by id, never as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from weitiao.data.templates import Template, Turn
+from weitiao.trie import Example
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTurn:
+    """A turn as ids, before anything is cut. prompt and answer int32; stop: ids that end it (one, or none)."""
+
+    prompt: np.ndarray
+    answer: np.ndarray
+    stop: np.ndarray
+    weight: float
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer) + len(self.stop)
+
+
+def encode_turn(turn: Turn, template: Template) -> EncodedTurn:
+    prompt = template.encode_prompt(turn.prompt)
+    both = template.encode_prompt(turn.prompt + turn.answer)
+    if len(both) > len(prompt) and np.array_equal(both[: len(prompt)], prompt):
+        answer = both[len(prompt) :]
+    else:
+        answer = np.asarray(template.tokenizer(turn.answer, add_special_tokens=False).input_ids, np.int32)
+    stop = np.asarray([template.stop_id] if turn.stops else [], np.int32)
+    return EncodedTurn(prompt, answer, stop, turn.weight)
+
+
+def examples(turns: Iterable[EncodedTurn], max_tokens: int, row: int, row_weight: float) -> Iterator[Example]:
+    """The paths of one row, none longer than max_tokens.
+
+    A chat ends with the last turn that fits whole. Where even the first turn is too long, its answer is cut and keeps
+    its stop token; if nothing of the answer is left, there is no path.
+    """
+    for i, turn in enumerate(turns):
+        room = max_tokens - len(turn.prompt) - len(turn.stop)
+        if len(turn.answer) > room and (i > 0 or room < 1):
+            return
+        learned = np.concatenate([turn.answer[:room], turn.stop])
+        weights = np.zeros(len(turn.prompt) + len(learned), np.float32)
+        weights[len(turn.prompt) :] = turn.weight * row_weight
+        weights[0] = 0.0  # a prompt without a token leaves the first learned token nothing to be learned from
+        yield Example(np.concatenate([turn.prompt, learned]), weights, row)

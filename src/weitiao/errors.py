@@ -1,0 +1,63 @@
+"""What a user can get wrong, as one outline. Mistakes of the programmer are asserts.
+
+WeitiaoError             one message, no traceback; carries the exit code
+├── SettingError         a setting that is unknown, out of bounds, or contradicts another
+├── SourceError          a model or data set that is not there, or cannot be read or fetched
+├── RowError             rows that cannot be read or cannot teach; names file and line
+├── RunError             a run folder that is missing, busy, torn, or does not fit what is asked
+├── TemplateError        a chat template that is unknown or refuses the conversation
+└── TrainingStopped      a run that had to end early: a loss or weight that is not finite, a full disk
+
+Each says what was found, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WeitiaoError(Exception):
+    """A mistake that a person can mend.
+
+    Args:
+        found: what was met, with the file and row where there is one.
+        expected: what would have been right.
+        next_step: what to do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, expected: str = "", next_step: str = ""):
+        self.found, self.expected, self.next_step = found, expected, next_step
+        super().__init__("\n".join(line for line in (found, expected, next_step) if line))
+
+
+class SettingError(WeitiaoError):
+    pass
+
+
+class SourceError(WeitiaoError):
+    pass
+
+
+class RowError(WeitiaoError):
+    pass
+
+
+class RunError(WeitiaoError):
+    pass
+
+
+class TemplateError(WeitiaoError):
+    pass
+
+
+class TrainingStopped(WeitiaoError):
+    pass
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`Did you mean …?` for the known name closest to `name`, or an empty string if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else ""

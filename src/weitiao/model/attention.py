@@ -1,0 +1,191 @@
+"""What a trie needs of attention: a node sees its ancestors and itself.
+
+Indexed by keys. A segment (an unbranching run of nodes) is seen by itself, causally, and by everything below it, wholly;
+both are contiguous slices of queries, because depth-first order makes a subtree a slice:
+
+    keys of segment [s, e)   <-  queries [s, e)       causal
+                             <-  queries [e, below)   unmasked
+
+So each segment is one causal and one unmasked call of a flash kernel, merged by log-sum-exp; the backward is flash
+attention's with the global log-sum-exp (Dao et al. 2022, arXiv:2205.14135, algorithm 4; the merge as in ring attention,
+Liu et al. 2023, arXiv:2310.01889). No mask is built, no key is copied, and each is kept once.
+
+Three ways to the same numbers:
+
+    by_keys    the above. Full attention, no dropout, on a device whose flash kernel hands out its log-sum-exp
+    by_paths   every segment attends to the concatenated keys of its own path: windows, dropout, any device
+    dense      one T x T boolean mask: the definition, and the judge of the other two
+
+`register()` makes it an attention of transformers by the name "weitiao"; without a plan it is sdpa to the letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from weitiao.data.batch import Plan
+from weitiao.trie import Segment
+
+NAME = "weitiao"
+
+
+class TrieUnsupported(Exception):
+    """This attention asks for something that a trie cannot give; the run falls back to padded rows."""
+
+
+def register() -> str:
+    """Register the attention (and sdpa's mask with it) in transformers; returns the name to load a model with."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, trie_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def trie_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    trie: Plan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls in every layer.
+
+    query [1, heads, T, d], key and value [1, kv_heads, T, d]; returns [1, T, heads, d].
+    """
+    if trie is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **kwargs,
+        )
+    _refuse_unknown(kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # A window wider than the longest row hides nothing.
+    window = sliding_window if sliding_window and sliding_window <= int(trie.depth.max()) else None
+    if window is None and dropout == 0.0 and _has_flash_kernel(query, value):
+        out = ByKeys.apply(query, key, value, trie.segments, scale)
+    else:
+        out = by_paths(query, key, value, trie, scale, window, dropout)
+    return out.transpose(1, 2), None
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """Soft cap, sinks and position biases change the scores; an attention that ignored them would be silently wrong."""
+    for name in ("softcap", "s_aux", "position_bias", "sinks"):
+        if kwargs.get(name) is not None:
+            raise TrieUnsupported(f"its attention uses {name}")
+
+
+def _has_flash_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
+class ByKeys(torch.autograd.Function):
+    """Attention over a trie, indexed by the keys of its segments; see the head of this file.
+
+    query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, heads, T, d]. Partial sums are kept in fp32 (or
+    the input's type where that is wider), so that merging many segments costs bf16 nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, segments, scale):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        wide = torch.promote_types(query.dtype, torch.float32)
+        out = torch.zeros(query.shape, dtype=wide, device=query.device)
+        lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
+        for keys, queries, causal in _calls(segments):
+            o, l = flash(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
+            _merge(out[:, :, queries], lse[:, :, queries], o, l)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, out, lse = ctx.saved_tensors
+        wide = lse.dtype
+        d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
+        for keys, queries, causal in _calls(ctx.segments):
+            dq, dk, dv = backward(
+                grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
+                out[:, :, queries], lse[:, :, queries], 0.0, causal, scale=ctx.scale,
+            )
+            d_query[:, :, queries] += dq
+            d_key[:, :, keys] += dk
+            d_value[:, :, keys] += dv
+        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _calls(segments: list[Segment]) -> Iterator[tuple[slice, slice, bool]]:
+    """(keys, queries, causal) of each kernel call: a segment with itself, then everything below it with the segment."""
+    for start, end, below in segments:
+        yield slice(start, end), slice(start, end), True
+        if below > end:
+            yield slice(start, end), slice(end, below), False
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Add one more set of keys to a softmax, in place. Weights of old and new sum to one: exp(lse) are the two totals.
+
+    out and part [1, heads, q, d], lse and part_lse [1, heads, q]. Where nothing was seen yet lse is -inf and out is 0.
+    """
+    total = torch.logaddexp(lse, part_lse)
+    out.mul_((lse - total).exp_()[..., None]).addcmul_(part, (part_lse - total).exp_()[..., None])
+    lse.copy_(total)
+
+
+def by_paths(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float,
+    window: int | None = None, dropout: float = 0.0,
+) -> torch.Tensor:
+    """Every segment attends to the concatenated keys of its own path, with sdpa. Same shapes as `ByKeys`.
+
+    On a path the key's place is its depth, so causality and the window are a comparison of places.
+    """
+    outputs: list[torch.Tensor] = []
+    path: list[Segment] = []  # the segments above the current one, and itself
+    for segment in plan.segments:
+        while path and path[-1].below <= segment.start:
+            path.pop()
+        path.append(segment)
+        above = torch.cat([torch.arange(s.start, s.end, device=query.device) for s in path])
+        first_query = len(above) - (segment.end - segment.start)
+        first_key = max(0, first_query - window + 1) if window else 0
+        places_q = torch.arange(first_query, len(above), device=query.device)[:, None]
+        places_k = torch.arange(first_key, len(above), device=query.device)[None, :]
+        mask = places_k <= places_q
+        if window:
+            mask &= places_q - places_k < window
+        keys = above[first_key:]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, segment.start : segment.end], key[:, :, keys], value[:, :, keys],
+                attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=True,
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None = None,
+) -> torch.Tensor:
+    """One masked call: sees(q, k) = k <= q < subtree_end[k], and depth[q] - depth[k] < window. The judge."""
+    nodes = torch.arange(query.shape[2], device=query.device)
+    mask = (nodes[None, :] <= nodes[:, None]) & (nodes[:, None] < plan.subtree_end[None, :])
+    if window:
+        mask &= plan.depth[:, None] - plan.depth[None, :] < window
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)

@@ -1,0 +1,106 @@
+"""Prompts -> answers: batched for files and evaluation, streamed for a chat.
+
+A model that was just trained still drops out at random and, with checkpointing, has its cache off; `answering` puts it
+right for as long as it answers, and puts it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from weitiao.data.templates import Template
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature 0: greedy, the same text each time. max_new_tokens counts the answer alone."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def arguments(self) -> dict[str, object]:
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+@contextmanager
+def answering(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, for the block, with the mode of every part restored after it."""
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def answer_all(
+    model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, batch_size: int = 16,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+) -> list[str]:
+    """Answers to prompts (int32 ids each), in their order; prompts of like length go together."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)]
+    answers = [""] * len(prompts)
+    with answering(model):
+        for batch in progress(batches, "Answering"):
+            ids = _generate(model, template, [prompts[i] for i in batch], sampling)
+            for i, answer in zip(batch, ids, strict=True):
+                answers[i] = template.tokenizer.decode(answer, skip_special_tokens=True)
+    return answers
+
+
+def stream(model, template: Template, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
+    """The answer to one prompt, piece by piece as it is made."""
+    from threading import Thread
+
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with answering(model):
+                _generate(model, template, [prompt], sampling, streamer=streamer)
+        except BaseException as error:  # handed to the thread that reads
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, **more) -> list[list[int]]:
+    """New ids for each prompt, cut at the stop. Prompts are padded to the left, under a mask."""
+    width = max(len(p) for p in prompts)
+    pad = template.tokenizer.pad_token_id if template.tokenizer.pad_token_id is not None else template.stop_id
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    out = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=sampling.max_new_tokens, use_cache=True,
+        eos_token_id=template.stop_ids, pad_token_id=pad, **sampling.arguments(), **more,
+    )
+    return [_until_stop(row, template.stop_ids) for row in out[:, width:].tolist()]
+
+
+def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    ends = [i for i, token in enumerate(ids) if token in stops]
+    return ids[: ends[0]] if ends else ids

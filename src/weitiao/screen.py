@@ -1,0 +1,154 @@
+"""What a person sees: messages, short tables, progress. Live on a terminal, plain lines elsewhere.
+
+CJK characters are two cells wide; rich counts them so, which is why everything that must align goes through it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+PLAIN_LINE_EVERY = 10.0  # seconds between lines where the output is no terminal
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3:07`, `1:02:45`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Screen:
+    """Prints through rich. quiet: say nothing (processes other than the first)."""
+
+    def __init__(self, quiet: bool = False):
+        from rich.console import Console
+
+        self.quiet = quiet
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.live = self.console.is_terminal and not quiet
+
+    def tell(self, text: str = "", style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False)
+
+    def table(self, title: str, rows: Sequence[tuple[str, Any]]) -> None:
+        """Two columns: what, and how much."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, str(value))
+        self.console.print()
+        self.console.print(table)
+
+    def grid(self, header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table with a header."""
+        from rich.table import Table
+
+        table = Table(*header, title=title or None, title_justify="left", show_lines=len(header) > 2)
+        for column in table.columns:
+            column.overflow = "fold"
+        for row in rows:
+            table.add_row(*(_literal(cell) for cell in row))
+        self.console.print(table)
+
+    def progress(self, items: Iterable, what: str) -> Iterator:
+        """Items, with a bar if they take longer than a moment."""
+        items = list(items) if not hasattr(items, "__len__") else items
+        if not self.live or len(items) < 2:
+            yield from items
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield from bar.track(items, description=what)
+
+
+def _literal(text: str) -> Any:
+    """Text as it stands: brackets in an answer are no markup."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+class StepLine:
+    """The one line of a run: loss, rows/s, tokens/s and nodes/s, memory, time left. A listener of the loop."""
+
+    def __init__(self, screen: Screen, steps: int, first_step: int, memory: Any):
+        self.screen, self.steps, self.first_step, self.memory = screen, steps, first_step, memory
+        self.started = self.last_line = time.monotonic()
+        self.totals = {"rows": 0, "tokens": 0, "nodes": 0}
+        self.done = first_step
+        self.bar = None
+        if screen.live:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
+                                console=screen.console, refresh_per_second=4)
+            self.task = self.bar.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step, text="")
+            self.bar.start()
+
+    def on_step(self, line: dict[str, Any]) -> None:
+        self.done = line["step"]
+        for key in self.totals:
+            self.totals[key] += line[key]
+        text = self._text(line)
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, description=f"step {self.done}/{self.steps}", text=text)
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_EVERY or self.done in (self.first_step + 1, self.steps):
+            self.last_line = time.monotonic()
+            self.screen.tell(f"step {self.done}/{self.steps}  {text}")
+
+    def on_evaluation(self, line: dict[str, Any]) -> None:
+        scores = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "epoch"))
+        self.screen.tell(f"step {line['step']}/{self.steps}  measured: {scores}")
+
+    def on_message(self, text: str) -> None:
+        self.screen.tell(text, style="yellow")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def speeds(self) -> dict[str, float]:
+        """rows, tokens and nodes per second since the line was begun."""
+        return {key: value / max(self.seconds, 1e-9) for key, value in self.totals.items()}
+
+    def _text(self, line: dict[str, Any]) -> str:
+        speeds = self.speeds()
+        left = self.seconds / max(self.done - self.first_step, 1) * (self.steps - self.done)
+        return (
+            f"loss {line['loss']:.4f}  {speeds['rows']:.1f} rows/s  {speeds['tokens']:,.0f} tokens/s "
+            f"({speeds['nodes']:,.0f} computed)  {self.memory() / 2**30:.1f} GiB  {duration(left)} left"
+        )
+
+
+def error(text: str) -> None:
+    """One message on stderr, in red on a terminal."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty()).print(text, style="red", markup=False)
+
+
+def quiet_libraries() -> None:
+    """The libraries' own bars and hints are not ours to show; their errors still are."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)(\..*)?")

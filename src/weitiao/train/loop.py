@@ -1,0 +1,288 @@
+"""The one training loop, on accelerate.
+
+One step = `training.batch_size` rows = as many passes as their nodes need = one call of the optimizer. The divisor of the
+loss is the weight of the whole step, over all its passes and all processes, so neither the split nor the number of
+processes changes what is learned.
+
+What a step does is a function of the settings and its number alone: the order of the rows and the noise of dropout come from
+(seed, epoch) and (seed, step, process), never from a state that runs along. So a run that goes on from a checkpoint makes
+the steps that it would have made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from weitiao.config import Settings
+from weitiao.data.dataset import TrainingRow
+from weitiao.data.templates import Template
+from weitiao.errors import RunError, TrainingStopped
+from weitiao.train.evaluation import answer_and_score, make_passes, mean_loss, questions
+from weitiao.train.folder import Checkpoint, RunFolder, write_text
+from weitiao.train.loss import summed_loss
+from weitiao.train.optimizer import make_optimizer, make_scheduler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows belong to which step. Steps count from 1; an epoch's last step takes what is left."""
+
+    rows: int
+    batch_size: int
+    seed: int
+    epochs: float
+    max_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.max_steps or max(1, math.ceil(self.epochs * self.steps_per_epoch))
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Indices of the rows of a step: a slice of the epoch's permutation."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def due(self, every: str | int, step: int) -> bool:
+        """Is something that happens each epoch, each N steps, or at the end, due after this step?"""
+        if step == self.steps or every == "end":
+            return step == self.steps
+        return step % (self.steps_per_epoch if every == "epoch" else every) == 0
+
+
+class Listener(Protocol):
+    """Who watches a run: the screen, or a test."""
+
+    def on_step(self, line: dict[str, Any]) -> None: ...
+    def on_evaluation(self, line: dict[str, Any]) -> None: ...
+    def on_message(self, text: str) -> None: ...
+
+
+@dataclass(eq=False)
+class Training:
+    """A run in progress. `model` has its method attached and is wrapped by accelerate in `prepare`."""
+
+    settings: Settings
+    run: RunFolder | None
+    model: torch.nn.Module
+    method: ModuleType
+    base: str
+    template: Template
+    rows: Sequence[TrainingRow]
+    eval_rows: Sequence[TrainingRow]
+    accelerator: Any
+    layout: str
+    budget: int
+    listener: Listener
+    stop_requested: Callable[[], bool] = lambda: False
+    best: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    saved_step: int = -1
+
+    def __post_init__(self) -> None:
+        training = self.settings.training
+        self.schedule = Schedule(len(self.rows), training.batch_size, training.seed, training.epochs, training.steps)
+        self.plain_model = self.model
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.model, training, self.settings.learning_rate)
+        self.scheduler = make_scheduler(self.optimizer, training, self.schedule.steps)
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        pad = self.template.tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else self.template.stop_id
+
+    # --------------------------------------------------------------------------------------------------- the loop
+
+    def fit(self, last: int | None = None) -> bool:
+        """Steps until `last` (default: the schedule's end). False if it was asked to stop before."""
+        self.model.train()
+        for step in range(self.step + 1, (last or self.schedule.steps) + 1):
+            if self._should_stop() or not self._take(step):
+                self.save()
+                return False
+            if self.schedule.due(self.settings.evaluation.every, step) and self.eval_rows:
+                self.evaluate()
+            if self.schedule.due(self.settings.saving.every, step) or self.best.get("step") == step:
+                self.save()
+        return True
+
+    def _take(self, step: int) -> bool:
+        """One optimizer step. False, with nothing changed, if a stop was asked for in its middle."""
+        indices = self.schedule.rows_of(step)
+        examples = [e for i in indices for e in self.rows[i].examples]
+        weight = float(sum(float(e.weights.sum(dtype=np.float64)) for e in examples))
+        torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
+        passes = make_passes(examples, self.layout, self.budget, self.pad_id, self.accelerator.device)
+        mine, idle = deal(passes, self.rank, self.world)
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for i, batch in enumerate(mine):
+            if self.world == 1 and self.stop_requested():
+                self.optimizer.zero_grad(set_to_none=True)
+                return False
+            last = i == len(mine) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = summed_loss(self.model, batch)
+                if last and idle:  # this process has a pass less than others: it takes part, with weight 0
+                    loss = loss * 0.0
+                # DDP averages over processes; the sum is wanted
+                self.accelerator.backward(loss * (self.world / weight))
+            total += loss.detach().double()
+        loss = float(self.accelerator.reduce(total, reduction="sum")) / weight
+        if not math.isfinite(loss):
+            self._stop_at_row(step, indices, loss)
+        limit = self.settings.training.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(norm):
+            raise TrainingStopped(
+                f"Step {step}: the gradient is {norm}, with a loss of {loss:.4g}.",
+                "Expected finite numbers; the step was not taken, and no weight was changed by it.",
+                "Lower training.learning_rate, or compute in training.precision=fp32.",
+            )
+        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = step
+        line = {
+            "step": step, "epoch": round(self.schedule.epoch(step), 6), "loss": loss, "learning_rate": rate,
+            "grad_norm": norm, "rows": len(indices), "tokens": sum(len(e) for e in examples),
+            "nodes": sum(b["input_ids"].numel() for b in passes),
+            "learned": sum(int((e.weights > 0).sum()) for e in examples),
+        }
+        self._record(line)
+        self.listener.on_step(line)
+        return True
+
+    def _should_stop(self) -> bool:
+        """Has any process been asked to stop? All of them must agree on the step."""
+        if self.world == 1:
+            return self.stop_requested()
+        asked = torch.tensor(float(self.stop_requested()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+    def _stop_at_row(self, step: int, indices: Sequence[int], loss: float) -> None:
+        """A loss that is not finite: find the row and stop. Every process looks, so that none waits for another."""
+        for i in indices:
+            for batch in make_passes(self.rows[i].examples, self.layout, self.budget, self.pad_id, self.accelerator.device):
+                with torch.no_grad(), self.accelerator.autocast():
+                    row_loss = float(summed_loss(self.plain_model, batch))
+                if not math.isfinite(row_loss):
+                    raise TrainingStopped(
+                        f"Step {step}: the loss is {loss}; it comes from {self.rows[i].where}.",
+                        "Expected a finite loss; the step was not taken.",
+                        "Look at that row, lower training.learning_rate, or compute in training.precision=fp32.",
+                    )
+        raise TrainingStopped(f"Step {step}: the loss is {loss}, though each of its rows alone has a finite one.",
+                              "Expected a finite loss; the step was not taken.", "Compute in training.precision=fp32.")
+
+    # ------------------------------------------------------------------------------------- measuring and recording
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the rows set aside, and remember the best step."""
+        settings = self.settings.evaluation
+        line: dict[str, Any] = {"step": self.step, "epoch": round(self.schedule.epoch(self.step), 6)}
+        line["eval_loss"] = mean_loss(
+            self.model, self.eval_rows, self.layout, self.budget, self.pad_id, self.accelerator.device,
+            self.accelerator.autocast, self.rank, self.world, lambda t: self.accelerator.reduce(t, reduction="sum"),
+        )
+        if settings.metric != "loss":
+            with self.accelerator.autocast():
+                _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings)
+            line |= {k: v for k, v in scores.as_dict().items() if k in ("exact_match", "field_f1")}
+            if settings.metric not in line:
+                raise RunError(f"evaluation.metric = {settings.metric!r} cannot be measured on these rows.",
+                               "Expected answers that are JSON objects.", "Choose loss or exact_match.")
+        value = -line["eval_loss"] if settings.metric == "loss" else line[settings.metric]
+        if not self.best or value > self.best["value"]:
+            self.best = {"step": self.step, "metric": settings.metric, "value": value}
+        self._record(line)
+        self.listener.on_evaluation(line)
+        return line
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.run is None or not self.is_main:
+            return
+        try:
+            self.run.append_metrics(line)
+        except OSError as error:
+            raise TrainingStopped(
+                f"Step {self.step}: metrics.jsonl cannot be written: {error}.",
+                f"The last good checkpoint stands in {self.run.checkpoints_folder}.",
+                f"Make room and go on: weitiao train {self.run.path} --resume.",
+            ) from error
+
+    # ---------------------------------------------------------------------------------------- saving and going on
+
+    def save(self, must: bool = False) -> None:
+        """A checkpoint of this step, once. A full disk is told and training goes on, unless it `must` be saved."""
+        if self.run is None or self.saved_step == self.step or self.step == 0:
+            return
+        if self.is_main:
+            self._refuse_unsound_weights()
+            spare = {self.best["step"]} if self.best else set()
+            try:
+                self.run.save_checkpoint(self.step, self._write, self.settings.saving.keep, spare)
+                self.saved_step = self.step
+            except OSError as error:
+                message = f"Step {self.step} could not be saved: {error}."
+                if must:
+                    raise TrainingStopped(
+                        message, f"The last good checkpoint stands in {self.run.checkpoints_folder}.",
+                        f"Make room and go on: weitiao train {self.run.path} --resume.",
+                    ) from error
+                self.listener.on_message(f"{message} Training goes on to the next save.")
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path) -> None:
+        self.method.save(self.plain_model, folder / self.method.FOLDER, self.base)
+        state = {"optimizer": self.optimizer.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        torch.save(state, folder / "trainer.pt")
+        write_text(folder / "progress.json", json.dumps({"step": self.step, "best": self.best}))
+
+    def _refuse_unsound_weights(self) -> None:
+        for name, parameter in self.plain_model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise TrainingStopped(f"Step {self.step}: the weight {name} is no longer finite; it is not saved.",
+                                      "Expected finite weights.", "Lower training.learning_rate.")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Everything as it was when the checkpoint was saved."""
+        self.method.load(self.plain_model, checkpoint.path / self.method.FOLDER)
+        state = torch.load(checkpoint.path / "trainer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        progress = checkpoint.progress()
+        self.step, self.best = progress["step"], progress["best"]
+        self.saved_step = self.step
+
+
+def deal(passes: Sequence[dict[str, Any]], rank: int, world: int) -> tuple[list[dict[str, Any]], bool]:
+    """(the passes of one process, is the last one only there to keep step?) Every process runs equally many."""
+    rounds = math.ceil(len(passes) / world)
+    mine = list(passes[rank::world])
+    idle = len(mine) < rounds
+    return (mine + [passes[0]] if idle else mine), idle
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """One 63-bit seed out of three numbers, for the noise of a step."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+

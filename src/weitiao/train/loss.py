@@ -1,0 +1,126 @@
+"""Weighted next-token loss over the edges of a trie, and the forward that computes it inside the model's own call.
+
+`learn_on_tries(model)` gives the instance of a causal LM one more keyword: called with `trie=plan` it runs its backbone,
+gathers the hidden states that predict something, and returns sum(weight * nll) as a scalar; logits exist for a chunk of
+learned edges at a time, nowhere else. Called without a plan it is the model it was. It has to be the model's *own*
+forward: a backbone called from outside loses autocast, DDP's hooks and FSDP's gathering.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+CHUNK = 512  # edges whose logits exist at once: 512 x 49,152 x 4 bytes = 100 MB for a vocabulary like SmolLM2's
+
+
+def learn_on_tries(model: nn.Module) -> None:
+    """Teach `model` (a causal LM of transformers, not wrapped yet) the keyword `trie`; see the head of this file."""
+    original = model.forward
+    transform = logit_transform(model.config.get_text_config())
+
+    @functools.wraps(original)
+    def forward(*args: Any, trie: Any = None, return_hidden: bool = False, per_edge: bool = False, **inputs: Any):
+        if trie is None:
+            return original(*args, **inputs)
+        # The backbone's last hidden state: [1, T, hidden]
+        hidden = model.base_model(*args, trie=trie, use_cache=False, **inputs).last_hidden_state[0]
+        if return_hidden:
+            return hidden
+        head = model.get_output_embeddings()
+        predicting = hidden[trie.predictors]
+        if per_edge:
+            return edge_nll(predicting, trie.targets, head, transform)
+        return edge_loss(predicting, trie.targets, trie.weights, head, transform)
+
+    model.forward = forward
+
+
+def logit_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What some families do to logits after the head: Gemma caps them, Cohere and Granite scale them."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0
+    factor /= getattr(config, "logits_scaling", None) or 1.0
+
+    def transform(logits: torch.Tensor) -> torch.Tensor:
+        if factor != 1.0:
+            logits = logits * factor
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return transform
+
+
+def edge_nll(hidden, targets, head, transform, chunk: int = CHUNK) -> torch.Tensor:
+    """nll of each edge, [E] fp32 (fp64 for an fp64 model), without gradients: for evaluation and the proof."""
+    parts = []
+    with torch.no_grad():
+        for a in range(0, len(targets), chunk):
+            logits = transform(head(hidden[a : a + chunk]))
+            parts.append(F.cross_entropy(_wide(logits), targets[a : a + chunk], reduction="none"))
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
+
+
+def edge_loss(hidden, targets, weights, head, transform, chunk: int = CHUNK) -> torch.Tensor:
+    """sum(weights * nll): hidden [E, hidden_size], targets [E], weights [E] -> scalar."""
+    if not torch.is_grad_enabled():
+        return (edge_nll(hidden, targets, head, transform, chunk) * weights).sum()
+    learned_by_head = [p for p in head.parameters() if p.requires_grad]
+    return _EdgeLoss.apply(hidden, targets, weights, head, transform, chunk, *learned_by_head)
+
+
+class _EdgeLoss(torch.autograd.Function):
+    """The loss and its gradients in one sweep over chunks of edges, so that logits are computed once and never kept.
+
+    The loss is a sum, so the gradient of each chunk is known as soon as its logits are; backward only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, weights, head, transform, chunk, *head_parameters):
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        d_hidden = torch.zeros_like(hidden)
+        d_head = [torch.zeros_like(p) for p in head_parameters]
+        for a in range(0, len(targets), chunk):
+            part = slice(a, a + chunk)
+            with torch.enable_grad():
+                h = hidden[part].detach().requires_grad_()
+                logits = transform(head(h))
+                nll = F.cross_entropy(_wide(logits), targets[part], reduction="none")
+                chunk_loss = (nll * weights[part]).sum()
+            grads = torch.autograd.grad(chunk_loss, [h, *head_parameters])
+            d_hidden[part] = grads[0]
+            for total, grad in zip(d_head, grads[1:], strict=True):
+                total += grad
+            loss += chunk_loss.detach()
+        ctx.save_for_backward(d_hidden, *d_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_hidden, *d_head = ctx.saved_tensors
+        return (d_hidden * grad, None, None, None, None, None, *(d * grad for d in d_head))
+
+
+def padded_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum(weights * nll) the plain way: logits [B, T, V], targets and weights [B, T]. The second, independent path."""
+    learned = weights > 0
+    nll = F.cross_entropy(_wide(logits[learned]), targets[learned], reduction="none")
+    return (nll * weights[learned]).sum()
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """sum(weight * nll) of one pass through the (possibly wrapped) model, whichever kind of pass it is."""
+    if "trie" in batch:
+        return model(**batch)
+    inputs = {k: v for k, v in batch.items() if k not in ("targets", "weights")}
+    return padded_loss(model(**inputs, use_cache=False).logits, batch["targets"], batch["weights"])
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

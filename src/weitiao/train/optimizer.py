@@ -1,0 +1,79 @@
+"""The optimizers and schedulers that transformers offers, by the names it gives them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from weitiao.config import TrainingSettings
+from weitiao.errors import SettingError, nearest
+
+
+def make_optimizer(model: torch.nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer over what is trained; weight decay falls on matrices alone.
+
+    Raises:
+        SettingError: transformers knows no such optimizer, or the package that brings it is missing.
+    """
+    from transformers import Trainer
+    from transformers.training_args import OptimizerNames
+
+    names = [name.value for name in OptimizerNames]
+    if settings.optimizer not in names:
+        raise SettingError(f"training.optimizer = {settings.optimizer!r} is unknown. {nearest(settings.optimizer, names)}".rstrip(),
+                           f"Expected one of {', '.join(names)}.")
+    arguments = _arguments(
+        optim=OptimizerNames(settings.optimizer), optim_args=settings.optimizer_options or None,
+        learning_rate=learning_rate, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay,
+    )
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, ValueError) as error:
+        raise SettingError(f"training.optimizer = {settings.optimizer!r} cannot be used here.", str(error).splitlines()[0]) from error
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, settings.weight_decay), (others, 0.0)) if params
+    ]
+    return kind(groups, **options)
+
+
+def _arguments(**ours: Any) -> SimpleNamespace:
+    """What Trainer's optimizer table reads: every field of TrainingArguments at its default, but for ours.
+
+    Not a TrainingArguments: making one resets accelerate's state, the process group included.
+    """
+    from transformers import TrainingArguments
+
+    defaults = {f.name: f.default if f.default is not MISSING else None for f in fields(TrainingArguments)}
+    return SimpleNamespace(**defaults | ours)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings, steps: int) -> Any:
+    """The learning rate's way over `steps` optimizer steps, warm-up included."""
+    from transformers import get_scheduler
+    from transformers.trainer_utils import SchedulerType
+
+    names = [name.value for name in SchedulerType]
+    if settings.scheduler not in names:
+        raise SettingError(f"training.scheduler = {settings.scheduler!r} is unknown. {nearest(settings.scheduler, names)}".rstrip(),
+                           f"Expected one of {', '.join(names)}.")
+    try:
+        return get_scheduler(
+            settings.scheduler, optimizer, num_warmup_steps=warmup_steps(settings.warmup, steps), num_training_steps=steps,
+            scheduler_specific_kwargs=settings.scheduler_options or None,
+        )
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"training.scheduler = {settings.scheduler!r} cannot be made.", str(error).splitlines()[0],
+                           "See training.scheduler_options.") from error
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """A share below 1, a number of steps from 1 on."""
+    return math.ceil(warmup * steps) if warmup < 1 else min(round(warmup), steps)

@@ -1,0 +1,213 @@
+"""Does the trie compute what plain rows compute, on this model and these rows?
+
+A mean loss is blind: a layer that reads the node before it in the layout, in the place of its parent, moved a loss by 2e-7
+and other branches by 5e-3. So three things are measured, and each can fail:
+
+    leak_max       change the tokens of some branches: how far do the hidden states of all other nodes move?
+                   (relative to their largest; a right model gives exactly 0)
+    nll_max        nll of every learned edge, trie against one row at a time
+    grad_rel_max   gradients of every trained tensor, trie against one row at a time: |difference| / |gradient|, the worst
+                   tensor; tensors whose gradient is a thousandth of the largest count against that instead
+
+In train mode with every dropout at 0, so that what is proven is what trains; a method whose new weights start at zero has
+them moved for the moment, since half of its gradients would be zero by themselves. All is put back: weights, gradients,
+mode, random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from weitiao.data.batch import padded_batch, trie_batch
+from weitiao.model.attention import TrieUnsupported
+from weitiao.train.loss import summed_loss
+from weitiao.trie import Example, Trie, build
+
+ROWS = 8
+# (leak, nll, gradient) that a right model stays under. In float32 the trie differs from rows by rounding (1e-6); bf16's
+# own noise is 0.02 to 0.04 of a gradient. A leak is no rounding: other branches do not move at all.
+TOLERANCES = {torch.float64: (1e-9, 1e-6, 1e-5), torch.float32: (1e-5, 1e-3, 1e-3), torch.bfloat16: (1e-3, 0.5, 0.15)}
+
+
+@dataclass(frozen=True)
+class Proof:
+    leak_max: float
+    nll_max: float
+    grad_rel_max: float
+    dtype: str
+    passed: bool
+    rows: int
+    nodes: int
+    row_tokens: int
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prove(model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu") -> Proof:
+    """Measure the three on at most `ROWS` examples.
+
+    Args:
+        model: with its method attached and the keyword `trie` taught; not wrapped for several processes.
+        compute: what it computes in; bf16 on float32 weights runs under autocast, as in training.
+    """
+    examples = _pick(examples)
+    trie = build(examples)
+    facts = {"rows": len(examples), "nodes": len(trie), "row_tokens": sum(len(e) for e in examples)}
+    dtype = str(compute).removeprefix("torch.")
+    tolerances = TOLERANCES.get(compute, TOLERANCES[torch.bfloat16])
+    autocast = torch.autocast(torch.device(device).type, dtype=compute, enabled=compute in (torch.bfloat16, torch.float16))
+    try:
+        with _undisturbed(model), autocast:
+            measured = (leak(model, trie, device), *_against_rows(model, trie, examples, device))
+    except TrieUnsupported as reason:
+        return Proof(float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
+    passed = all(value <= limit for value, limit in zip(measured, tolerances, strict=True))
+    names = ("leak_max", "nll_max", "grad_rel_max")
+    worst = next((f"{n} is {v:.2g}, not under {t:g}" for n, v, t in zip(names, measured, tolerances) if not v <= t), "")
+    return Proof(*measured, dtype, passed, reason=worst, **facts)
+
+
+def leak(model: torch.nn.Module, trie: Trie, device: str = "cpu") -> float:
+    """The largest move of a hidden state that should not have moved, relative to the largest hidden state.
+
+    Leaves of the trie are changed in two rounds, every second one in each, so that each branch is watched while its
+    neighbours change. A trie of one branch has its second half changed, and its first half watched.
+    """
+    hidden = _hidden(model, trie, trie.token, device)
+    worst = 0.0
+    for changed in _rounds(trie):
+        tokens = trie.token.copy()
+        # Another id of the same row set: certainly inside the embedding.
+        tokens[changed] = np.where(tokens[changed] == tokens[0], tokens.max(), tokens[0])
+        moved = (_hidden(model, trie, tokens, device) - hidden).abs().amax(dim=-1)
+        watched = torch.from_numpy(~changed).to(moved.device)
+        worst = max(worst, float(moved[watched].max()))
+    return worst / max(float(hidden.abs().max()), 1e-30)
+
+
+def _rounds(trie: Trie) -> Iterator[np.ndarray]:
+    """bool [T] masks of the nodes to change."""
+    leaves = [s for s in trie.segments() if s.below == s.end]
+    if len(leaves) == 1:
+        changed = np.zeros(len(trie), bool)
+        changed[max(1, len(trie) // 2) :] = True
+        yield changed
+        return
+    for parity in (0, 1):
+        changed = np.zeros(len(trie), bool)
+        for leaf in leaves[parity::2]:
+            changed[leaf.start : leaf.end] = True
+        yield changed
+
+
+def _hidden(model, trie: Trie, tokens: np.ndarray, device: str) -> torch.Tensor:
+    batch = trie_batch(trie, device)
+    batch["input_ids"] = torch.from_numpy(tokens[None].copy()).to(device)
+    with torch.no_grad():
+        return model(**batch, return_hidden=True).float()
+
+
+def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str) -> tuple[float, float]:
+    """(nll_max, grad_rel_max)."""
+    nll_max = _nll_difference(model, trie, examples, device)
+    by_trie = _gradients(model, [trie_batch(trie, device)])
+    by_rows = _gradients(model, [padded_batch([e], pad_id=0, device=device) for e in examples])
+    floor = 1e-3 * max((float(g.norm()) for g in by_rows.values()), default=0.0)
+    relative = [
+        float((by_trie[name] - grad).norm()) / max(float(grad.norm()), floor, 1e-30) for name, grad in by_rows.items()
+    ]
+    return nll_max, max(relative, default=0.0)
+
+
+def _nll_difference(model, trie: Trie, examples: Sequence[Example], device: str) -> float:
+    """Every learned edge of every row: looked up in the trie, and computed by the original forward on the row alone."""
+    with torch.no_grad():
+        by_edge = model(**trie_batch(trie, device), per_edge=True).double().cpu().numpy()
+    at = dict(zip(trie.edges().tolist(), by_edge.tolist(), strict=True))
+    worst = 0.0
+    for example in examples:
+        path = _path(trie, example)
+        batch = padded_batch([example], pad_id=0, device=device)
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[0]
+        for t in np.flatnonzero(example.weights):
+            row = logits[t - 1].double()
+            nll = float(torch.logsumexp(row, -1) - row[int(example.ids[t])])
+            worst = max(worst, abs(nll - at[path[t]]))
+    return worst
+
+
+def _path(trie: Trie, example: Example) -> list[int]:
+    """The nodes of a row, found by walking down the trie from its root."""
+    children: dict[tuple[int, int], int] = {}
+    for i, (parent, token) in enumerate(zip(trie.parent.tolist(), trie.token.tolist(), strict=True)):
+        children[parent, token] = i
+    path, here = [], -1
+    for token in example.ids.tolist():
+        here = children[here, token]
+        path.append(here)
+    return path
+
+
+def _gradients(model, batches: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss over all batches together, on the CPU."""
+    weight = sum(float((b["trie"].weights if "trie" in b else b["weights"]).sum()) for b in batches)
+    model.zero_grad(set_to_none=True)
+    for batch in batches:
+        (summed_loss(model, batch) / weight).backward()
+    grads = {n: p.grad.detach().double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+def _pick(examples: Sequence[Example]) -> list[Example]:
+    """The shortest few: a proof costs a pass, and long rows prove no more than short ones. With 12 of a step, the 8
+    shortest still hold the branches."""
+    return sorted(examples, key=len)[:ROWS]
+
+
+@contextmanager
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Train mode, no dropout, zero-started weights moved; and everything as it was afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        torch.manual_seed(0)
+        stack.enter_context(_without_dropout(model))
+        zeros = [p for p in model.parameters() if p.requires_grad and not p.detach().any()]
+        for parameter in zeros:
+            parameter.data.normal_(std=0.02)
+        try:
+            yield
+        finally:
+            for parameter in zeros:
+                parameter.data.zero_()
+            model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Every nn.Dropout, and every dropout rate that attention modules and configs keep as a number, at 0."""
+    modes = {module: module.training for module in model.modules()}
+    kept: list[tuple[Any, str, float]] = []
+    model.train()
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, torch.nn.Dropout) else ("attention_dropout", "attn_pdrop", "dropout"):
+            value = vars(module).get(name)
+            if isinstance(value, float) and value > 0:
+                kept.append((module, name, value))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,400 @@
+"""Settings -> a run folder, read from top to bottom. START HERE.
+
+    model name -> folder -> tokenizer, template -> rows -> model with its method -> proof -> steps -> what was learned
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from weitiao import __version__
+from weitiao.config import Settings
+from weitiao.data.dataset import Dataset, load, skipped_summary
+from weitiao.data.packing import trie_passes
+from weitiao.data.templates import Template, load_template
+from weitiao.errors import RunError, SettingError, SourceError
+from weitiao.model import load as loading
+from weitiao.model.methods import METHODS, count_parameters, trainable_summary
+from weitiao.model.source import resolve
+from weitiao.screen import Screen, StepLine, duration
+from weitiao.train import memory
+from weitiao.train.folder import Checkpoint, RunFolder, free_name
+from weitiao.train.loop import Schedule, Training
+from weitiao.train.loss import learn_on_tries
+from weitiao.train.proof import Proof, prove
+
+
+@dataclass(eq=False)
+class Job:
+    """All that a run needs before its first step."""
+
+    settings: Settings
+    base: Path
+    template: Template
+    data: Dataset
+    eval_data: Dataset
+    model: torch.nn.Module
+    method: ModuleType
+    accelerator: Any
+    compute: torch.dtype
+    obstacle: str | None
+
+    @property
+    def base_name(self) -> str:
+        """What an adapter's file names as its base: the hub id, or where the folder is."""
+        name = self.settings.model.name
+        return name if "/" in name and ":" not in name and not Path(name).exists() else str(self.base)
+
+
+class Interrupted(Exception):
+    """A signal ended the run in good order; a checkpoint was saved. code: the shell's exit code for it."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
+    """A new run.
+
+    Raises:
+        WeitiaoError: what a user can mend; before the first step, nothing is written.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
+    """
+    screen = screen or default_screen()
+    job = prepare(settings, screen)
+    path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
+    RunFolder.refuse_taken(path)
+    show_job(job, screen)
+    settings, proof = settle(job, screen)
+    job.settings = settings
+    with claim(job, path) as run:
+        if job.accelerator.is_main_process:
+            run.start(settings)
+            write_facts(run, job, proof)
+        job.accelerator.wait_for_everyone()
+        return carry_out(job, run, None, screen)
+
+
+def resume(path: Path, screen: Screen | None = None) -> RunFolder:
+    """Go on with a run from its newest whole checkpoint, or from its beginning if it has none."""
+    run = RunFolder.open(path)
+    with run.locked():
+        screen = screen or default_screen()
+        run.clear_staging()
+        checkpoint = run.newest_whole(lambda text: screen.tell(text, style="yellow"))
+        job = prepare(run.settings(), screen)
+        refuse_other_rows(run, job)
+        schedule = schedule_of(job)
+        if checkpoint and checkpoint.step >= schedule.steps and (run.path / job.method.FOLDER).is_dir():
+            screen.tell(f"{path} is finished: {schedule.steps} of {schedule.steps} steps are done.")
+            return run
+        step = checkpoint.step if checkpoint else 0
+        screen.tell(f"Going on with {path} from step {step} of {schedule.steps}.")
+        if job.accelerator.is_main_process:
+            run.cut_metrics(step)
+        job.accelerator.wait_for_everyone()
+        return carry_out(job, run, checkpoint, screen)
+
+
+# ---------------------------------------------------------------------------------------------- before the first step
+
+
+def prepare(settings: Settings, screen: Screen, with_model: bool = True) -> Job:
+    """Find the model, read the rows, load the weights, attach the method."""
+    accelerator = make_accelerator(settings)
+    base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
+    model_config = loading.load_config(base, settings.model)
+    template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
+    data, eval_data = read_rows(settings, template, model_config, screen)
+    compute = loading.compute_dtype(settings.training.precision)
+    method = METHODS[settings.method.name]
+    weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
+    model = loading.load_model(base, settings.model, weights)
+    obstacle = loading.trie_obstacle(model)
+    refuse_unsound(model, base)
+    learn_on_tries(model)
+    if settings.training.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model = method.attach(model, settings.method, settings.training.seed).to(accelerator.device)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle)
+
+
+def make_accelerator(settings: Settings) -> Any:
+    from accelerate import Accelerator
+
+    if torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    mixed = "bf16" if loading.compute_dtype(settings.training.precision) is torch.bfloat16 else "no"
+    return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+
+
+def read_rows(settings: Settings, template: Template, model_config: Any, screen: Screen) -> tuple[Dataset, Dataset]:
+    """(rows to learn from, rows to measure on)"""
+    facts = (settings.data, template, loading.model_limit(model_config), model_config.get_text_config().vocab_size,
+             settings.training.seed)
+    data = load(settings.data.train, *facts, progress=screen.progress)
+    if settings.data.eval:
+        return data, load(settings.data.eval, *facts, max_tokens=data.max_tokens, progress=screen.progress)
+    if settings.data.eval_share and len(data) > 1:
+        return data.split(settings.data.eval_share, settings.training.seed)
+    return data, Dataset([])
+
+
+def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SourceError(f"The weight {name} in {base} holds numbers that are not finite.", "Expected finite weights.",
+                              "Fetch the checkpoint again.")
+
+
+def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
+    """Fill in what the settings left open, so that a run goes on elsewhere as it began here; prove the layout."""
+    training = job.settings.training
+    layout, proof = training.layout, None
+    if layout != "padded":
+        layout, proof = prove_layout(job, screen)
+    per_node = memory.bytes_per_node(job.model, job.compute, training.checkpointing, layout)
+    budget = training.nodes_per_pass or memory.nodes_that_fit(per_node, job.accelerator)
+    absolute = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.train]
+    absolute_eval = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.eval]
+    filled = job.settings.model_copy(update={
+        "model": job.settings.model.model_copy(update={"name": _absolute(job.settings.model.name)}),
+        "data": job.settings.data.model_copy(update={"train": absolute, "eval": absolute_eval, "max_tokens": job.data.max_tokens}),
+        "training": training.model_copy(update={
+            "layout": layout, "nodes_per_pass": budget, "learning_rate": job.settings.learning_rate,
+            "precision": "bf16" if job.compute is torch.bfloat16 else "fp32",
+        }),
+    })
+    return filled, proof
+
+
+def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
+    """trie if this model proves it on its first batch, else padded, and the run says so."""
+    asked = job.settings.training.layout
+    if job.obstacle:
+        return _fall_back(asked, job.obstacle, screen), None
+    first = [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
+    proof = prove(job.model, first, job.compute, str(job.accelerator.device))
+    if proof.passed:
+        screen.tell(
+            f"Proven on {proof.rows} rows ({proof.dtype}): trie = plain rows. leak {proof.leak_max:.1g}, "
+            f"nll {proof.nll_max:.1g}, gradients {proof.grad_rel_max:.1g}."
+        )
+        return "trie", proof
+    return _fall_back(asked, proof.reason, screen), proof
+
+
+def _fall_back(asked: str, reason: str, screen: Screen) -> str:
+    if asked == "trie":
+        raise SettingError("training.layout=trie cannot be kept: " + reason + ".", next_step="Leave it at auto, or choose padded.")
+    screen.tell(f"Rows are padded side by side, shared prefixes are computed for each: {reason}.", style="yellow")
+    return "padded"
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def default_name(settings: Settings) -> str:
+    """<data>-<method>-<model>, such as rows-lora-smollm2-135m."""
+    def stem(name: str) -> str:
+        return Path(name.rstrip("/").split(":")[-1]).name.split(".")[0] or "rows"
+
+    model = Path(settings.model.name.rstrip("/").split(":")[-1]).name
+    return "-".join([stem(settings.data.train[0].path), settings.method.name, model.removesuffix(".gguf")])
+
+
+def schedule_of(job: Job) -> Schedule:
+    training = job.settings.training
+    return Schedule(len(job.data), training.batch_size, training.seed, training.epochs, training.steps)
+
+
+def default_screen() -> Screen:
+    """Speaks in the first of several processes only."""
+    return Screen(quiet=int(os.environ.get("RANK", "0")) > 0)
+
+
+def show_job(job: Job, screen: Screen) -> None:
+    """The short table before a run."""
+    settings, schedule = job.settings, schedule_of(job)
+    nodes, tokens, steps = sharing(job, schedule)
+    trainable, total = count_parameters(job.model)
+    rows: list[tuple[str, Any]] = [
+        ("model", f"{settings.model.name}, weights in {str(next(job.model.parameters()).dtype)[6:]}, computed in {str(job.compute)[6:]}"),
+        ("method", f"{settings.method.name}, learning rate {settings.learning_rate:g}"),
+        ("", trainable_summary(trainable, total)),
+        ("template", job.template.name if job.template.name != "auto" else "the tokenizer's own"),
+        ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
+        ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
+                   f"longest row {job.data.max_tokens:,}" + (f", {job.data.cut} cut to it" if job.data.cut else "")),
+        ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens in {steps} steps: 1 / {tokens / nodes:.2f}"),
+        ("steps", f"{schedule.steps:,} of {settings.training.batch_size} rows, {schedule.steps / schedule.steps_per_epoch:.3g} epochs"),
+    ]
+    if job.data.skipped:
+        rows.append(("skipped", f"{len(job.data.skipped)} rows that cannot teach:\n{skipped_summary(job.data.skipped)}"))
+    screen.table("", rows)
+    screen.tell()
+
+
+def sharing(job: Job, schedule: Schedule, most_steps: int = 10) -> tuple[int, int, int]:
+    """(nodes, tokens, steps looked at): what the trie saves in the first steps."""
+    steps = min(most_steps, schedule.steps_per_epoch)
+    nodes = tokens = 0
+    for step in range(1, steps + 1):
+        examples = [e for i in schedule.rows_of(step) for e in job.data.rows[i].examples]
+        nodes += sum(len(trie) for trie in trie_passes(examples, 1 << 40))
+        tokens += sum(len(e) for e in examples)
+    return nodes, tokens, steps
+
+
+# ----------------------------------------------------------------------------------------------------- the run itself
+
+
+@contextlib.contextmanager
+def claim(job: Job, path: Path) -> Iterator[RunFolder]:
+    """The new folder, locked by the main process; taken away again if the run ends with nothing in it to keep."""
+    run = RunFolder(path)
+    if not job.accelerator.is_main_process:
+        yield run
+        return
+    with run.locked():
+        try:
+            yield run
+        finally:
+            if not run.checkpoints() and not run.read_metrics() and sys.exc_info()[0] is not None:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
+    run.write_json("environment.json", environment(job))
+    run.write_text("template.jinja", job.template.source)
+    run.write_json("template.json", {"name": job.template.name, "sha256": job.template.hash, "stop_id": job.template.stop_id,
+                                     "begins_with_bos": job.template.begins_with_bos})
+    run.write_json("data.json", {
+        "rows": len(job.data), "tokens": job.data.tokens, "learned_tokens": job.data.learned_tokens, "cut": job.data.cut,
+        "fingerprint": job.data.fingerprint(), "eval_rows": len(job.eval_data),
+        "eval_fingerprint": job.eval_data.fingerprint(),
+        "skipped": [{"where": s.where, "reason": s.reason} for s in job.data.skipped],
+    })
+    if proof:
+        run.write_json("proof.json", proof.as_dict())
+
+
+def environment(job: Job) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+    return {
+        "weitiao": __version__, "python": platform.python_version(), "platform": platform.platform(),
+        **{name: version(name) for name in packages}, "device": memory.device_name(job.accelerator.device),
+        "threads": torch.get_num_threads(), "processes": job.accelerator.num_processes, "command": sys.argv,
+    }
+
+
+def refuse_other_rows(run: RunFolder, job: Job) -> None:
+    """A run goes on only with the rows it began with."""
+    known = run.read_json("data.json")
+    for data, key, what in ((job.data, "fingerprint", "learned from"), (job.eval_data, "eval_fingerprint", "measured")):
+        if data.fingerprint() != known[key]:
+            raise RunError(f"The rows {what} are not those that {run.path} began with.",
+                           "Expected the same files, unchanged, and the same tokenizer.",
+                           "Bring them back, or begin a new run.")
+
+
+def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: Screen) -> RunFolder:
+    """The steps, and what is left behind when they are done."""
+    settings = job.settings
+    steps = schedule_of(job).steps
+    line = StepLine(screen, steps, checkpoint.step if checkpoint else 0, lambda: memory.used(job.accelerator.device))
+    memory.reset_peak(job.accelerator.device)
+    try:
+        with interruptible(screen) as signals:
+            training = Training(
+                settings, run, job.model, job.method, job.base_name, job.template, job.data.rows, job.eval_data.rows,
+                job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
+                stop_requested=lambda: bool(signals),
+            )
+            if checkpoint:
+                training.restore(checkpoint)
+            if not training.fit():
+                code = 128 + signals[0] if signals else 130
+                raise Interrupted(f"Stopped after step {training.step} of {steps}. Go on: weitiao train {run.path} --resume", code)
+            training.save(must=True)
+            if job.accelerator.is_main_process:
+                finish(run, job, training, line)
+    finally:
+        line.close()
+    if job.accelerator.is_main_process:
+        show_end(run, job, training, line, screen)
+    job.accelerator.wait_for_everyone()
+    return run
+
+
+def finish(run: RunFolder, job: Job, training: Training, line: StepLine) -> None:
+    """Publish the best checkpoint, draw the loss, sum up."""
+    from weitiao.train.curve import draw
+
+    best = training.best.get("step", training.step)
+    checkpoint = next(c for c in run.checkpoints() if c.step == best)
+    folder = run.publish(checkpoint, job.method.FOLDER)
+    job.template.tokenizer.save_pretrained(folder)
+    metrics = run.read_metrics()
+    run.write_json("summary.json", {
+        "steps": training.step, "published_step": best, "best": training.best, "seconds": round(line.seconds, 1),
+        "last_loss": next(m["loss"] for m in reversed(metrics) if "loss" in m),
+        "speeds": {k: round(v, 2) for k, v in line.speeds().items()},
+        "peak_memory_bytes": memory.peak(job.accelerator.device),
+    })
+    draw(metrics, run.path / "loss.png")
+
+
+def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, screen: Screen) -> None:
+    speeds = line.speeds()
+    losses = [m["loss"] for m in run.read_metrics() if "loss" in m]
+    rows: list[tuple[str, Any]] = [
+        ("loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"),
+        ("time", f"{duration(line.seconds)}; {speeds['rows']:.2f} rows/s, {speeds['tokens']:,.0f} tokens/s ({speeds['nodes']:,.0f} computed)"),
+        ("peak memory", f"{memory.peak(job.accelerator.device) / 2**30:.1f} GiB"),
+    ]
+    if training.best:
+        rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))
+    rows.append(("run folder", str(run.path)))
+    screen.table("", rows)
+    screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}\nMerge it:     weitiao merge {run.path}")
+
+
+@contextlib.contextmanager
+def interruptible(screen: Screen) -> Iterator[list[int]]:
+    """Signals met so far. The first asks the loop to stop in good order; a second Ctrl-C ends at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if signals and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signals.append(number)
+        screen.tell("\nStopping after this pass and saving. Ctrl-C again to stop at once.", style="yellow")
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there stops us by other means
+        yield signals
+        return
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,137 @@
+"""Examples -> a token trie laid flat. Pure numpy: knows no file, no model, no tensor.
+
+Rows that share a prefix share its nodes. Nodes stand in depth-first order, so that a subtree is a slice:
+
+    rows            A B C d          A B C e f            (learned tokens in lower case)
+
+    index           0  1  2  3  4  5
+    token           A  B  C  d  e  f
+    parent         -1  0  1  2  2  4      the node before it in every row that passes through it; -1 at a root
+    depth           0  1  2  3  3  4      its position in those rows
+    subtree_end     6  6  6  4  6  6      one past the last node below it
+    weight          0  0  0  1  1  1      how much is learned of the edge parent -> token, over all rows
+
+A node sees its ancestors and itself:  sees(q, k) = k <= q < subtree_end[k].  Plain causal attention (subtree_end = T
+everywhere), packed documents and shared prefixes are this one rule.
+
+A target belongs to an edge: parent[i] predicts token[i] with weight[i].  loss = sum(weight * nll) / sum(weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One path of tokens and what is learned of it.
+
+    ids: int32 [T], token ids from the first to the last.
+    weights: float32 [T], weights[t] > 0 where token t is learned from what stands before it. weights[0] is 0:
+        nothing stands before the first token.
+    row: which row of the data set it comes from (a conversation gives one Example a turn, all of the same row).
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    row: int = -1
+
+    def __post_init__(self):
+        assert self.ids.ndim == 1 and self.ids.shape == self.weights.shape and len(self.ids) > 0
+        assert self.weights[0] == 0, "the first token has nothing before it to be learned from"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Segment(NamedTuple):
+    """An unbranching run of the trie: nodes start..end-1, each the only child of the one before it.
+
+    `below` is one past the last node of the subtree under it: the queries of nodes end..below-1 all see the segment.
+    """
+
+    start: int
+    end: int
+    below: int
+
+
+@dataclass(frozen=True, eq=False)
+class Trie:
+    """A token trie laid flat; see the drawing above. Arrays are [T], integers int64, weights float32."""
+
+    token: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    subtree_end: np.ndarray
+    weight: np.ndarray
+    path_ends: tuple[tuple[int, int], ...] = field(default=())
+    """(row, last node) of every Example laid into it."""
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def sees(self) -> np.ndarray:
+        """bool [T, T]: may query q attend to key k? The definition itself; the judge of faster ways."""
+        q, k = np.arange(len(self))[:, None], np.arange(len(self))[None, :]
+        return (k <= q) & (q < self.subtree_end[None, :])
+
+    def segments(self) -> list[Segment]:
+        """The unbranching runs, in order. A run starts at a root, below a node with several children, and nowhere else."""
+        if len(self) == 0:
+            return []
+        children = np.bincount(self.parent[self.parent >= 0], minlength=len(self))
+        starts_here = (self.parent < 0) | (children[self.parent] > 1)
+        starts = np.flatnonzero(starts_here)
+        ends = np.append(starts[1:], len(self))
+        return [Segment(int(s), int(e), int(self.subtree_end[s])) for s, e in zip(starts, ends, strict=True)]
+
+    def edges(self) -> np.ndarray:
+        """int64 [E]: the nodes whose token is learned, in order. The predicting node of edge e is parent[e]."""
+        return np.flatnonzero(self.weight)
+
+
+def sort_key(example: Example) -> bytes:
+    """Bytes that order examples as their ids do: big-endian, so that byte order is number order."""
+    return example.ids.astype(">u4").tobytes()
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first ids two rows share."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def build(examples: Sequence[Example]) -> Trie:
+    """Merge rows into one trie. A row that occurs twice is computed once, with twice the weight."""
+    rows = sorted(examples, key=sort_key)
+    size = sum(len(row) for row in rows)
+    token, parent, depth, subtree_end = (np.zeros(size, np.int64) for _ in range(4))
+    weight = np.zeros(size, np.float64)
+    nodes = 0
+    path = np.zeros(0, np.int64)  # the flat index of each token of the row before
+    previous = np.zeros(0, np.int32)
+    path_ends = []
+    for row in rows:
+        shared = common_prefix(previous, row.ids)
+        subtree_end[path[shared:]] = nodes  # nothing more comes below what this row leaves
+        new = slice(nodes, nodes + len(row) - shared)
+        indices = np.arange(new.start, new.stop)
+        token[new] = row.ids[shared:]
+        depth[new] = np.arange(shared, len(row))
+        parent[new] = indices - 1
+        if len(indices):
+            parent[new.start] = path[shared - 1] if shared else -1
+        path = np.concatenate([path[:shared], indices])
+        weight[path] += row.weights
+        path_ends.append((row.row, int(path[-1])))
+        previous, nodes = row.ids, new.stop
+    subtree_end[path] = nodes
+    return Trie(
+        token[:nodes], parent[:nodes], depth[:nodes], subtree_end[:nodes],
+        weight[:nodes].astype(np.float32), tuple(path_ends),
+    )
