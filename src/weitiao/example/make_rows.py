@@ -2,7 +2,7 @@
 
 A seed enters; `train.jsonl` and `heldout.jsonl` beside this file leave, one row a line:
 
-    {"instruction": INSTRUCTION, "input": passage, "output": '{"name": …, "year": …}'}
+    {"instruction": INSTRUCTION, "input": passage, "output": '{"person": …, "year": …}'}
 
     words and templates ──split by seed──┬── training pools ── 360 rows, a sixth of them Chinese
                                          └── held-out pools ──  60 rows, a sixth of them Chinese
@@ -28,11 +28,10 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-INSTRUCTION = (
-    "Extract name, organization, role, city and year from the text as JSON. "
-    "Use null for what is not stated."
-)
-KEYS = ("name", "organization", "role", "city", "year")
+# The instruction doesn't say what a staff record holds: that is the house format that the rows teach.
+INSTRUCTION = "Write the staff record for this text as JSON."
+KEYS = {"person": "name", "employer": "organization", "post": "role", "place": "city", "year": "year"}
+"""What a record calls each fact, in the order it writes them."""
 SEED = 7
 TRAIN_COUNTS = {"english": 300, "chinese": 60}
 HELDOUT_COUNTS = {"english": 50, "chinese": 10}
@@ -297,7 +296,7 @@ def _row(language: Language, plan: Plan, rng: random.Random) -> dict[str, str]:
         kind = "name" if plan.distractor == plan.missing else plan.distractor
         added = rng.choice(language.distractors[kind])
         passage += language.gap + _fill(added, {**words, **facts})
-    output = json.dumps({key: facts[key] for key in KEYS}, ensure_ascii=False)
+    output = json.dumps({key: facts[fact] for key, fact in KEYS.items()}, ensure_ascii=False)
     return {"instruction": INSTRUCTION, "input": passage, "output": output}
 
 

@@ -1,0 +1,130 @@
+"""A conversation in the terminal, and answers to prompts from the command line or a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from weitiao.data import rows as reading
+from weitiao.data.formats import CannotTeach, convert, detect
+from weitiao.errors import RowError, SettingError, SourceError
+from weitiao.model.generate import Sampling, answer_all, stream
+from weitiao.model.load import model_limit
+from weitiao.screen import Screen, quiet_libraries
+from weitiao.train.folder import write_text
+from weitiao.use.trained import Trained, open_trained
+
+Messages = list[dict[str, str]]
+
+
+def chat(run: str, max_new_tokens: int, temperature: float, top_p: float, system: str | None) -> None:
+    """Read a line, stream an answer, remember both; /reset begins anew, /exit or the end of input leaves."""
+    quiet_libraries()
+    screen = Screen()
+    trained = open_trained(run, screen)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    opening: Messages = [{"role": "system", "content": s}] if (s := system or trained.settings.data.system) else []
+    messages = list(opening)
+    if sys.stdin.isatty():
+        screen.tell(f"{run}. /reset begins anew, /exit leaves.")
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if said in ("/exit", "/quit"):
+            return
+        if said == "/reset":
+            messages = list(opening)
+            screen.tell("(begun anew)")
+        elif said.startswith("/"):
+            screen.tell("/reset begins anew, /exit leaves.")
+        elif said:
+            messages = answer(trained, [*messages, {"role": "user", "content": said}], sampling, screen)
+
+
+def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Screen) -> Messages:
+    """Stream one answer; the messages with it, or without the question where the answer was broken off."""
+    prompt = trained.template.prompt_ids(messages)
+    limit = model_limit(trained.model.config)
+    if len(prompt) + 1 > limit:
+        screen.tell(f"The conversation has {len(prompt)} tokens; the model takes {limit}. /reset begins anew.", style="yellow")
+        return messages[:-1]
+    pieces = []
+    try:
+        with trained.autocast():
+            for piece in stream(trained.model, trained.template, prompt, sampling):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print("\n(broken off)")
+        return messages[:-1]
+    print(flush=True)
+    return [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def generate(
+    run: str, prompts: list[str], file: str | None, output: str | None, max_new_tokens: int, temperature: float,
+    top_p: float, system: str | None, batch_size: int,
+) -> None:
+    """Answer prompts; print them, or write {prompt, answer} lines to `output`."""
+    if not prompts and not file:
+        raise SettingError("There is nothing to answer.", "Expected --prompt TEXT or --file FILE.")
+    quiet_libraries()
+    screen = Screen()
+    asked = [[{"role": "user", "content": p}] for p in prompts]
+    trained = open_trained(run, screen)
+    if file:
+        asked += read_prompts(file, trained)
+    opening = system or trained.settings.data.system
+    asked = [m if m[0]["role"] == "system" or not opening else [{"role": "system", "content": opening}, *m] for m in asked]
+    with trained.autocast():
+        answers = answer_all(
+            trained.model, trained.template, [trained.template.prompt_ids(m) for m in asked],
+            Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
+        )
+    lines = [{"prompt": m[-1]["content"], "answer": a} for m, a in zip(asked, answers, strict=True)]
+    if output:
+        write_text(Path(output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        screen.tell(f"{len(lines)} answers are in {output}.")
+    elif len(lines) == 1:
+        print(lines[0]["answer"])
+    else:
+        for line in lines:
+            print(json.dumps(line, ensure_ascii=False))
+
+
+def read_prompts(file: str, trained: Trained) -> list[Messages]:
+    """A line a prompt from .txt; otherwise rows as in training, with or without their answers."""
+    if file.endswith(".txt"):
+        if not Path(file).is_file():
+            raise SourceError(f"There is no file {file}.")
+        lines = [line for line in Path(file).read_text("utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise RowError(f"{file} holds no prompts.", "Expected one a line.")
+        return [[{"role": "user", "content": line}] for line in lines]
+    found = list(reading.read_rows(file))
+    return [_messages(row, trained) for row in found]
+
+
+def _messages(row: reading.Row, trained: Trained) -> Messages:
+    """The messages of a row up to its last answer, which it need not have."""
+    settings = trained.settings.data
+    fields = dict(row.fields)
+    if set(fields) == {"prompt"} or (isinstance(fields.get("prompt"), str) and not set(fields) & {"completion", "response"}):
+        return [{"role": "user", "content": fields["prompt"]}]
+    chat_key = next((k for k in ("messages", "conversations") if isinstance(fields.get(k), list)), None)
+    if chat_key and fields[chat_key]:
+        last = fields[chat_key][-1]
+        if isinstance(last, dict) and str(last.get("role", last.get("from"))).lower() in ("user", "human"):
+            fields[chat_key] = [*fields[chat_key], {"role": "assistant", "content": "?"}]
+    for answer in ("output", "completion", "response", "answer"):
+        if answer in fields or (answer == "output" and ("instruction" in fields or "input" in fields)):
+            fields[answer] = fields.get(answer) or "?"
+    filled = reading.Row(fields, row.file, row.line)
+    try:
+        conversation = convert(filled, detect([filled], settings), settings)
+    except CannotTeach as reason:
+        raise RowError(f"{row.where} holds no prompt: {reason}.") from None
+    return conversation.as_dicts(conversation.turns()[-1])

@@ -1,0 +1,98 @@
+"""Answers on a split -> metrics."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from weitiao import metrics
+from weitiao.config import EvaluationSettings, Source
+from weitiao.data.dataset import Dataset, TrainingRow, load, skipped_summary
+from weitiao.errors import RunError
+from weitiao.model import load as loading
+from weitiao.screen import Screen, quiet_libraries
+from weitiao.train import memory
+from weitiao.train.evaluation import answer_and_score, mean_loss, questions
+from weitiao.train.folder import write_text
+from weitiao.use.trained import Trained, open_trained
+
+
+def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int) -> None:
+    """Measure a run on its own rows set aside, or on others; write samples.jsonl and scores.json into the run folder."""
+    quiet_libraries()
+    screen = Screen()
+    trained = open_trained(path, screen)
+    measured = rows_to_measure(trained, data, screen)
+    asked = EvaluationSettings(rows=rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    results = {}
+    if base:
+        with untuned(trained.model):
+            _, results["base"] = measure(trained, measured.rows, asked, screen)
+    samples, results["tuned"] = measure(trained, measured.rows, asked, screen)
+    write_text(trained.run.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    trained.run.write_json("scores.json", {"data": data or "the run's own", "weights": str(trained.weights), **results})
+    show(results, len(measured), screen)
+
+
+def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Dataset:
+    """Rows of a file, else the run's data.eval, else the share it set aside."""
+    settings = trained.settings
+    limits = loading.model_limit(trained.model.config), trained.model.config.get_text_config().vocab_size
+    common = dict(settings=settings.data, template=trained.template, model_limit=limits[0], vocabulary=limits[1],
+                  seed=settings.training.seed, max_tokens=settings.data.max_tokens, progress=screen.progress)
+    sources = [Source(path=data)] if data else settings.data.eval
+    if sources:
+        found = load(sources, **common)
+        if found.skipped:
+            screen.tell(f"{len(found.skipped)} rows cannot be measured:\n{skipped_summary(found.skipped)}", style="yellow")
+        return found
+    if settings.data.eval_share:
+        return load(settings.data.train, **common).split(settings.data.eval_share, settings.training.seed)[1]
+    raise RunError(f"{trained.run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
+                   f"Name some: weitiao evaluate {trained.run.path} --data rows.jsonl")
+
+
+def measure(
+    trained: Trained, rows: Sequence[TrainingRow], asked: EvaluationSettings, screen: Screen,
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """(samples, {loss, perplexity, exact_match, field_f1, …})"""
+    training = trained.settings.training
+    pad = trained.template.tokenizer.pad_token_id
+    loss = mean_loss(
+        trained.model, rows, training.layout, training.nodes_per_pass or memory.LEAST_NODES,
+        pad if pad is not None else trained.template.stop_id, trained.device, trained.autocast, progress=screen.progress,
+    )
+    with trained.autocast():
+        samples, scores = answer_and_score(trained.model, trained.template, questions(rows), asked, screen.progress)
+    return samples, {"loss": loss, "perplexity": metrics.perplexity(loss), **scores.as_dict()}
+
+
+@contextmanager
+def untuned(model: Any) -> Iterator[None]:
+    """The model as it was before it was tuned, for the block.
+
+    Raises:
+        RunError: every weight was trained, so the old ones are not there.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise RunError("This run trained the base itself.", "Expected an adapter that can be switched off.",
+                       "Measure it without --base.")
+    with model.disable_adapter():
+        yield
+
+
+def show(results: dict[str, dict[str, Any]], rows: int, screen: Screen) -> None:
+    names = list(results)
+    lines = [[key, *(_cell(results[n].get(key)) for n in names)] for key in
+             ("loss", "perplexity", "exact_match", "field_f1", "field_precision", "field_recall", "json_parsed")
+             if any(key in results[n] for n in names)]
+    fields = results["tuned"].get("per_field", {})
+    lines += [[f"F1 of {field}", *(_cell(results[n].get("per_field", {}).get(field, {}).get("f1")) for n in names)] for field in fields]
+    screen.tell()
+    screen.grid([f"{rows} rows", *names], lines)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
