@@ -71,6 +71,8 @@ def trie_attention(
             sliding_window=sliding_window, **kwargs,
         )
     _refuse_unknown(kwargs)
+    # Under autocast rope hands out fp32 beside a bf16 value; sdpa would cast, and so do we.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window wider than the longest row hides nothing.
     window = sliding_window if sliding_window and sliding_window <= int(trie.depth.max()) else None

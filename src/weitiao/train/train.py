@@ -135,9 +135,11 @@ def prepare(settings: Settings, screen: Screen, with_model: bool = True) -> Job:
 
 def make_accelerator(settings: Settings) -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    AcceleratorState._reset_state()  # a second run in one process may compute in another precision
     mixed = "bf16" if loading.compute_dtype(settings.training.precision) is torch.bfloat16 else "no"
     return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
 

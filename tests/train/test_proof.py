@@ -1,0 +1,116 @@
+"""The proof passes where trie = rows, and can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from weitiao.config import LoraSettings
+from weitiao.model.methods import lora
+from weitiao.train.loss import learn_on_tries
+from weitiao.train.proof import prove
+
+
+def taught(name="llama", **more):
+    model = tiny_model(name, **more)
+    learn_on_tries(model)
+    return model
+
+
+def reads_the_node_before_it(model) -> None:
+    """Plant the defect of traps: a convolution over the layout, where it should follow `parent`."""
+    layer = model.model.layers[0].mlp
+    original = layer.forward
+
+    def forward(hidden):
+        before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return original(hidden + 0.05 * before)
+
+    layer.forward = forward
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3", "glm", "mistral"])
+def test_a_right_model_is_proven(name, branching):
+    proof = prove(taught(name), branching, torch.float32)
+    assert proof.passed, proof.reason
+    assert proof.leak_max == 0.0
+    assert proof.nll_max < 1e-4 and proof.grad_rel_max < 1e-4
+    assert proof.nodes < proof.row_tokens
+
+
+def test_a_planted_leak_is_caught(branching):
+    model = taught()
+    reads_the_node_before_it(model)
+    proof = prove(model, branching, torch.float32)
+    assert not proof.passed
+    assert proof.leak_max > 1e-4
+    assert "leak_max" in proof.reason
+
+
+def test_a_leak_is_caught_where_there_is_one_row_alone(branching):
+    model = taught()
+    layer = model.model.layers[0].mlp
+    original = layer.forward
+    layer.forward = lambda hidden: original(hidden + 0.05 * torch.nn.functional.pad(hidden, (0, 0, 0, 1))[:, 1:])
+    proof = prove(model, branching[:1], torch.float32)
+    assert not proof.passed and proof.leak_max > 1e-4
+
+
+def test_positions_that_ignore_depth_are_caught(branching):
+    model = taught("gpt2")
+    original = model.transformer.forward
+    model.transformer.forward = lambda *a, position_ids=None, **k: original(*a, **k)
+    proof = prove(model, branching, torch.float32)
+    assert not proof.passed
+    assert proof.nll_max > 1e-3
+
+
+def test_a_wrong_gradient_alone_is_caught(branching):
+    model = taught()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    calls = []
+
+    def spoil(grad):
+        calls.append(1)
+        return grad * 1.01 if len(calls) == 1 else grad  # the trie's gradient only; it comes first
+
+    weight.register_hook(spoil)
+    proof = prove(model, branching, torch.float32)
+    assert not proof.passed and "grad_rel_max" in proof.reason
+
+
+def test_adapters_are_moved_for_the_proof_and_put_back(branching):
+    model = lora.attach(taught(), LoraSettings(rank=4), seed=0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    model.eval()
+    proof = prove(model, branching, torch.float32)
+    assert proof.passed
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_is_off_in_the_proof_and_on_again_after_it(branching):
+    model = lora.attach(taught("gpt2", attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), LoraSettings(dropout=0.5), seed=0)
+    proof = prove(model, branching, torch.float32)
+    assert proof.passed, proof.reason
+    rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.3, 0.5}
+
+
+def test_bf16_is_held_to_what_bf16_can_do(branching):
+    proof = prove(taught(), branching, torch.bfloat16)
+    assert proof.passed, proof.reason
+    assert proof.dtype == "bfloat16" and proof.leak_max == 0.0
+    assert proof.grad_rel_max > 1e-4  # it is bf16 that was measured
+
+
+def test_an_attention_that_a_trie_cannot_have_is_named(branching):
+    model = taught()
+    original = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda *a, **k: original(*a, softcap=3.0, **k)
+    proof = prove(model, branching, torch.float32)
+    assert not proof.passed and "softcap" in proof.reason
