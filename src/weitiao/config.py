@@ -11,6 +11,8 @@ one. A setting keeps its name from YAML to the place that uses it.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -72,7 +74,7 @@ class ModelSettings(Group):
 
 
 class DataSettings(Group):
-    train: Sources = setting(..., "rows to learn from: one or several files or data sets", min_length=1)
+    train: Sources = setting(..., "rows to learn from: one or several files or data sets, each a path or {path, split, subset, share}", min_length=1)
     eval: Sources = setting([], "rows to measure on, never learned from")
     eval_share: float = setting(0.0, "part of the training rows to set aside for measuring, if data.eval is empty", ge=0, lt=1)
     format: Literal["auto", "instruction", "completion", "messages", "sharegpt", "label"] = setting("auto", "how a row is laid out; auto: told from its columns")
@@ -129,12 +131,12 @@ class TrainingSettings(Group):
     optimizer: str = setting("adamw_torch", "any name transformers.TrainingArguments(optim=…) takes")
     optimizer_options: str = setting("", "further arguments of the optimizer, as key=value,key=value")
     weight_decay: float = setting(0.0, "of matrices; biases and norms are not decayed", ge=0)
-    adam_beta1: float = setting(0.9, "", ge=0, lt=1)
-    adam_beta2: float = setting(0.999, "", ge=0, lt=1)
-    adam_epsilon: float = setting(1e-8, "", gt=0)
+    adam_beta1: float = setting(0.9, "how slowly Adam's mean of the gradients forgets", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, "how slowly Adam's mean of the squared gradients forgets", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "added to the root of that mean, so that nothing is divided by 0", gt=0)
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never", ge=0)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "in what is computed; auto: bf16 on a GPU that has it, else fp32. Trained weights stay fp32")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
+    checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
 
 
@@ -166,15 +168,19 @@ class Settings(Group):
     @classmethod
     def _data_alone(cls, values: Any) -> Any:
         data = values.get("data") if isinstance(values, Mapping) else None
-        if isinstance(data, (str, list)) or (isinstance(data, Mapping) and "path" in data):
+        if isinstance(data, (str, list)):
             return {**values, "data": {"train": data}}
+        if isinstance(data, Mapping) and "path" in data and "train" not in data:  # the one source's settings and data's in one
+            source = {k: v for k, v in data.items() if k in Source.model_fields}
+            return {**values, "data": {"train": source} | {k: v for k, v in data.items() if k not in source}}
         return values
 
     @model_validator(mode="after")
     def _shares_for_all_or_none(self) -> Settings:
-        given = [source.share is not None for source in self.data.train]
-        if any(given) and not all(given):
-            raise ValueError("data.train: give every file a share, or none")
+        for name, sources in (("data.train", self.data.train), ("data.eval", self.data.eval)):
+            given = [source.share is not None for source in sources]
+            if any(given) and not all(given):
+                raise ValueError(f"{name}: give every file a share, or none")
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
             raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
         return self
@@ -228,7 +234,7 @@ def to_yaml(settings: Settings) -> str:
 def _scalar(text: str) -> Any:
     """A value as YAML reads it, but for 1e-4, which YAML 1.1 takes for a text."""
     value = yaml.safe_load(text) if text else None
-    if isinstance(value, str):
+    if isinstance(value, str) and value == text.strip():  # not in quotes
         try:
             return float(value)
         except ValueError:
@@ -256,10 +262,19 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `method.rank` in nested values; a short form on the way (`method: lora`) is spelled out first."""
     *groups, leaf = dotted.split(".")
     here = values
-    for group in groups:
+    for i, group in enumerate(groups):
         inner = here.get(group)
-        if isinstance(inner, (str, list)):
-            inner = {"train": inner} if group == "data" else {"name": inner}
+        if i == 0 and group == "data" and isinstance(inner, (str, list)):
+            inner = {"train": inner}
+        elif i == 0 and group in ("model", "method") and isinstance(inner, str):
+            inner = {"name": inner}
+        if not isinstance(inner, (Mapping, type(None))):
+            name = ".".join(groups[: i + 1])
+            raise SettingError(
+                f"{dotted} cannot be set: {name} is {inner!r}.", f"Expected {name} to be a group of settings.",
+                f"Give it as a whole, such as {name}='[{{path: a.jsonl, share: 2}}, {{path: b.jsonl, share: 1}}]'."
+                if name in ("data.train", "data.eval") else "`weitiao train --help` lists every setting.",
+            )
         here[group] = here = dict(inner or {})
     here[leaf] = value
 
@@ -303,8 +318,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
                 owner = next(note for k, _, note in every_setting() if k == name)
                 cures.append(f"{name} belongs to the method {owner}; this run's method is {_method_name(values)}.")
                 continue
-            same_leaf = [k for k in known if k.split(".")[-1] == leaf]
-            cures.append(ELSEWHERE.get(leaf) or (f"Did you mean {same_leaf[0]!r}?" if same_leaf else nearest(name, known)))
+            cures.append(ELSEWHERE.get(leaf) or _nearest_setting(name, known))
         elif item["type"] == "missing":
             found.append(f"The setting {name} is missing." if name != "data" else "There are no rows to learn from.")
             cures.append("Give --data FILE, or data: FILE in the YAML." if name.startswith("data") else "")
@@ -314,8 +328,24 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
         else:
             label = f"{name} = {item['input']!r}: " if name else ""
             found.append(f"{label}{item['msg'].removeprefix('Value error, ')}.")
+            if item["type"] == "string_type" and isinstance(item["input"], (bool, int, float)):
+                cures.append("YAML reads numbers, yes, no, on and off as such: put a text like that into quotes, '…'.")
     cures = [c for c in dict.fromkeys(cures) if c]
     return SettingError("\n".join(dict.fromkeys(found)), "\n".join(cures), "`weitiao train --help` lists every setting.")
+
+
+def _nearest_setting(name: str, known: Sequence[str]) -> str:
+    """The same leaf in another group, a like leaf in this one, a group of a like name, or a like leaf anywhere."""
+    group, _, leaf = re.sub(r"\.\d+(?=\.)", "[]", name).rpartition(".")
+    leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
+    if leaf in leaves:
+        return f"Did you mean {leaves[leaf]!r}?"
+    if group:
+        leaves = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group}
+    else:
+        leaves |= {g: g for g in Settings.model_fields}
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    return f"Did you mean {leaves[close[0]]!r}?" if close else ""
 
 
 def _is_name(part: str | int) -> bool:
@@ -332,7 +362,10 @@ def _method_name(values: Mapping[str, Any]) -> Any:
 
 
 def every_setting() -> Iterator[tuple[str, FieldInfo, str]]:
-    """(dotted name, field, note) of every setting; the note says which method a method's setting belongs to."""
+    """(dotted name, field, note) of every setting; the note says which method a method's setting belongs to.
+
+    `data.train[].share` is a setting of each source in the list.
+    """
     for name, info in Settings.model_fields.items():
         if name == "method":
             yield name, info, ""
@@ -343,8 +376,10 @@ def every_setting() -> Iterator[tuple[str, FieldInfo, str]]:
         elif name == "output":
             yield name, info, ""
         else:
-            group = _group(info)
-            yield from ((f"{name}.{leaf}", leaf_info, "") for leaf, leaf_info in group.model_fields.items())
+            for leaf, leaf_info in _group(info).model_fields.items():
+                yield f"{name}.{leaf}", leaf_info, ""
+                if leaf == "train":
+                    yield from ((f"{name}.{leaf}[].{part}", part_info, "") for part, part_info in Source.model_fields.items())
 
 
 def _group(info: FieldInfo) -> type[Group]:
@@ -355,14 +390,13 @@ def _group(info: FieldInfo) -> type[Group]:
 def describe_type(info: FieldInfo) -> str:
     """A type as a user would say it: `int >= 1`, `one of auto, fp32, bf16`."""
     annotation = info.annotation
-    words = _type_words(annotation)
-    bounds = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
-    for bound in info.metadata:
-        sign = bounds.get(type(bound).__name__)
-        if sign:
-            value = getattr(bound, type(bound).__name__.lower())
-            words += f" {sign} {value:g}"
-    return words
+    return _type_words(annotation) + _bounds(info)
+
+
+def _bounds(info: FieldInfo) -> str:
+    signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+    kinds = [(type(bound).__name__, bound) for bound in info.metadata]
+    return "".join(f" {signs[kind]} {getattr(bound, kind.lower()):g}" for kind, bound in kinds if kind in signs)
 
 
 def _type_words(annotation: Any) -> str:
@@ -376,5 +410,5 @@ def _type_words(annotation: Any) -> str:
     if str(annotation).startswith(("list", "dict")):
         return "list" if str(annotation).startswith("list") else "map"
     if str(annotation).startswith("typing.Annotated"):
-        return _type_words(args[0])
+        return _type_words(args[0]) + "".join(_bounds(more) for more in args[1:] if isinstance(more, FieldInfo))
     return "|".join(_type_words(a) for a in args if a is not type(None)) or str(annotation)

@@ -39,7 +39,7 @@ def _default(name: str, info: FieldInfo) -> str:
     if info.default is PydanticUndefined:
         return "required"
     if info.default is None:
-        return "no default"
+        return "default below" if "default: " in _meaning(name, info) else "default none"
     return f"default {str(info.default).lower() if isinstance(info.default, bool) else info.default if info.default != '' else 'none'}"
 
 

@@ -5,7 +5,6 @@ CJK characters are two cells wide; rich counts them so, which is why everything 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -144,7 +143,6 @@ def error(text: str) -> None:
 
 def quiet_libraries() -> None:
     """The libraries' own bars and hints are not ours to show; their errors still are."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
     from transformers.utils import logging

@@ -25,6 +25,9 @@ from weitiao.errors import RowError, TemplateError
 from weitiao.trie import Example
 
 
+UNLIMITED = 1 << 30
+
+
 @dataclass(frozen=True)
 class Skipped:
     where: str
@@ -71,10 +74,11 @@ class Dataset:
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """(rows to learn from, rows to measure on): `share` of the rows, drawn by the seed, at least one of each."""
-        measured = max(1, min(len(self.rows) - 1, round(share * len(self.rows))))
-        drawn = set(np.random.default_rng([seed, 0x5A]).permutation(len(self.rows))[:measured].tolist())
-        learn = [row for i, row in enumerate(self.rows) if i not in drawn]
-        measure = [row for i, row in enumerate(self.rows) if i in drawn]
+        places = list(dict.fromkeys(row.where for row in self.rows))  # a row that shares repeat stays on one side
+        measured = max(1, min(len(places) - 1, round(share * len(places))))
+        drawn = {places[i] for i in np.random.default_rng([seed, 0x5A]).permutation(len(places))[:measured]}
+        learn = [row for row in self.rows if row.where not in drawn]
+        measure = [row for row in self.rows if row.where in drawn]
         return (
             Dataset(learn, self.skipped, self.max_tokens, self.cut),
             Dataset(measure, [], self.max_tokens, 0),
@@ -105,21 +109,31 @@ def load(
         except (CannotTeach, TemplateError) as reason:
             skipped.append(Skipped(row.where, str(reason)))
     longest = [max(len(turn) for turn in turns) for _, _, turns in encoded]
-    limit = max_tokens or settings.max_tokens or (int(np.percentile(longest, 99, method="higher")) if longest else model_limit)
-    limit = min(limit, model_limit)
+    limit = min(max_tokens or settings.max_tokens or _usual_length(encoded, longest), model_limit)
     kept: list[TrainingRow] = []
-    for row, conversation, turns in encoded:
-        paths = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
-        paths = tuple(path for path in paths if path.weights.any())
+    cut = 0
+    for (row, conversation, turns), length in zip(encoded, longest, strict=True):
+        fitting = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
+        paths = tuple(path for path in fitting if path.weights.any())
         if not paths:
             prompt = len(turns[0].prompt)
-            skipped.append(Skipped(row.where, f"its answer is cut away: the prompt alone has {prompt} of {limit} tokens"
-                                   if prompt + 1 >= limit else "its weight is 0"))
+            skipped.append(Skipped(row.where, "its weight is 0" if fitting else
+                                   f"its answer is cut away: the prompt alone has {prompt} of {limit} tokens"))
             continue
         _refuse_outside(paths, vocabulary, row.where)
         kept.append(TrainingRow(row.where, conversation, paths))
-    _refuse_if_too_many(skipped, len(mixed), limit, settings)
-    return Dataset(kept, skipped, limit, sum(n > limit for n in longest))
+        cut += length > limit
+    _refuse_if_too_many(skipped, len(mixed), settings)
+    return Dataset(kept, skipped, limit, cut)
+
+
+def _usual_length(encoded: Sequence[tuple[Row, Conversation, list[EncodedTurn]]], longest: Sequence[int]) -> int:
+    """The 99th percentile of the rows' lengths; bare labels stand at the very end of their rows, so those stay whole."""
+    if not longest:
+        return UNLIMITED
+    if all(conversation.bare_label for _, conversation, _ in encoded):
+        return max(longest)
+    return int(np.percentile(longest, 99, method="higher"))
 
 
 def _read(sources: Sequence[Source], settings: DataSettings, seed: int) -> list[tuple[Row, str]]:
@@ -164,7 +178,7 @@ def _refuse_outside(paths: Sequence[Example], vocabulary: int, where: str) -> No
             )
 
 
-def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, limit: int, settings: DataSettings) -> None:
+def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSettings) -> None:
     if not skipped:
         return
     listing = skipped_summary(skipped)
@@ -191,6 +205,6 @@ def skipped_summary(skipped: Sequence[Skipped], named: int = 3) -> str:
     lines = []
     for reason, items in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
         places = ", ".join(item.where for item in items[:named]) + (", …" if len(items) > named else "")
-        text = items[0].reason if len(items) == 1 else reason
+        text = items[0].reason if len({item.reason for item in items}) == 1 else reason
         lines.append(f"  {len(items)} {'row' if len(items) == 1 else 'rows'}: {text} ({places})")
     return "\n".join(lines)

@@ -35,12 +35,18 @@ class Format:
 
 def _instruction(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
     prompt = "\n".join([_text(fields, "instruction"), _text(fields, "input")]).strip()
-    history = [
-        message
-        for question, answer in fields.get("history") or []
-        for message in (Message("user", str(question)), Message("assistant", str(answer), 1.0))
-    ]
-    return _exchange(prompt, fields.get("output"), _text(fields, "system"), history)
+    return _exchange(prompt, fields.get("output"), _text(fields, "system"), _history(fields.get("history")))
+
+
+def _history(rounds: Any) -> list[Message]:
+    """Earlier rounds, [[question, answer], …]; an answer that is empty stays unlearned."""
+    messages = []
+    for exchange in rounds or []:
+        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
+            raise CannotTeach("its history is not a list of [question, answer]")
+        question, answer = ("" if text is None else _plain(text) for text in exchange)
+        messages += [Message("user", question), Message("assistant", answer, 1.0 if answer.strip() else 0.0)]
+    return messages
 
 
 COMPLETION_PAIRS = (
@@ -50,6 +56,10 @@ COMPLETION_PAIRS = (
 
 def _completion(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
     question, answer = next(pair for pair in COMPLETION_PAIRS if set(pair) <= set(fields))
+    if answer == "output" and _text(fields, "instruction"):  # a file of input and output, where some rows say more
+        return _instruction(fields, settings)
+    if _is_chat(fields[question]) and _is_chat(fields[answer]):
+        return _chat([*({**turn, "loss_weight": 0} for turn in fields[question]), *fields[answer]], fields)
     return _exchange(_text(fields, question), fields[answer], _text(fields, "system"))
 
 
@@ -134,8 +144,9 @@ def convert(row: Row, format: str, settings: DataSettings) -> Conversation:
         system = Message("system", settings.system)
         conversation = Conversation((system, *conversation.messages), conversation.bare_label, conversation.tools)
     if not conversation.turns():
-        raise CannotTeach("no answer")
-    if any(_is_broken(message.content) for message in conversation.messages):
+        unlearned = any(m.role == "assistant" and m.content.strip() and m.weight == 0 for m in conversation.messages)
+        raise CannotTeach("no answer with a loss_weight above 0" if unlearned else "no answer")
+    if any(_is_broken(text) for text in (*(m.content for m in conversation.messages), _plain(list(conversation.tools)))):
         raise CannotTeach("half of a surrogate pair, which is no text")
     return conversation
 
@@ -189,6 +200,11 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return "" if value is None else _plain(value)
 
 
+def _is_chat(value: Any) -> bool:
+    """Is it a list of turns? TRL's data sets write prompt and completion so."""
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+
+
 def _chat(turns: Any, fields: Mapping[str, Any]) -> Conversation:
     if isinstance(turns, str):
         try:
@@ -213,24 +229,41 @@ def _message(turn: Any) -> Message:
     if str(name).lower() not in ROLES:
         raise CannotTeach(f"unknown speaker {name!r}")
     role = ROLES[str(name).lower()]
-    content, weight = _content(turn.get("content", turn.get("value")))
-    if "loss_weight" in turn or "weight" in turn:
-        weight = float(turn.get("loss_weight", turn.get("weight")))
+    if turn.get("tool_calls"):
+        raise CannotTeach("a turn with tool_calls; only their text can be learned, as a turn from function_call")
+    content = _content(turn.get("content", turn.get("value")))
+    weight = _loss_weight(turn.get("loss_weight", turn.get("weight")))
     return Message(role, content, weight if role == "assistant" and content.strip() else 0.0)
 
 
-def _content(content: Any) -> tuple[str, float]:
-    """(text, weight) of a message's content: a text, or the texts of its typed parts."""
+def _loss_weight(value: Any) -> float:
+    """How much a message counts in the loss; 1 unless it says otherwise."""
+    if value is None:
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise CannotTeach(f"a loss_weight of {value!r}; expected a number of 0 or more")
+    return weight
+
+
+def _content(content: Any) -> str:
+    """A message's content: a text, or the texts of its typed parts."""
     if content is None:
-        return "", 1.0
+        return ""
     if not isinstance(content, (list, tuple)):
-        return _plain(content), 1.0
+        return _plain(content)
     texts = []
     for part in content:
-        if isinstance(part, Mapping) and part.get("type", "text") != "text":
+        if not isinstance(part, Mapping):
+            texts.append(_plain(part))
+        elif part.get("type", "text") != "text":
             raise CannotTeach(f"a part of type {part['type']!r}; only text can be learned")
-        texts.append(str(part.get("text", part.get("value", ""))) if isinstance(part, Mapping) else str(part))
-    return "".join(texts), 1.0
+        else:
+            texts.append(_text(part, "text" if "text" in part else "value"))
+    return "".join(texts)
 
 
 def _tools(tools: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from weitiao.trie import Example, Trie, build, common_prefix, sort_key
 
 
 def trie_passes(examples: Sequence[Example], budget: int) -> list[Trie]:
-    """Tries of at most `budget` nodes each (one row longer than that makes a pass of its own).
+    """Tries of at most `budget` nodes each, or of the longest row where that is more.
 
     Rows are sorted, so each cut falls at a branch, and the shared prefix is repeated in both parts. With the number of
     passes known, the cuts are moved so that the largest pass is as small as can be: that bounds the memory.
@@ -30,7 +30,8 @@ def trie_passes(examples: Sequence[Example], budget: int) -> list[Trie]:
                 nodes = len(rows[i])
         return starts
 
-    limit = _smallest(lambda n: len(cuts(n)), budget, low=max(len(row) for row in rows))
+    longest = max(len(row) for row in rows)
+    limit = _smallest(lambda n: len(cuts(n)), low=longest, high=max(longest, budget))
     starts = cuts(limit)
     return [build(rows[a:b]) for a, b in zip(starts, starts[1:] + [len(rows)])]
 
@@ -46,11 +47,9 @@ def padded_passes(examples: Sequence[Example], budget: int) -> list[list[Example
     return passes
 
 
-def _smallest(passes_at: Callable[[int], int], budget: int, low: int) -> int:
-    """The smallest limit that needs no more passes than `budget` does."""
-    if low >= budget:
-        return budget
-    wanted, high = passes_at(budget), budget
+def _smallest(passes_at: Callable[[int], int], low: int, high: int) -> int:
+    """The smallest limit from `low` on that needs no more passes than `high` does."""
+    wanted = passes_at(high)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if passes_at(middle) <= wanted else (middle + 1, high)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
 from weitiao.data.conversation import Conversation
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).with_name("templates")
+PROBE = "weitiao"  # an answer that no template writes of its own accord
 WITHOUT_OWN = "human_assistant"  # for tokenizers that bring no chat template, such as GPT-2's
 
 
@@ -64,6 +67,21 @@ class Template:
         """Where generation stops: the learned stop token, and the tokenizer's EOS where that is another."""
         return list(dict.fromkeys(i for i in (self.stop_id, self.tokenizer.eos_token_id) if i is not None))
 
+    @cached_property
+    def ending(self) -> str:
+        """What the template writes after an answer, such as `<|im_end|>\\n`; found by asking it.
+
+        Raises:
+            TemplateError: the template is no jinja.
+        """
+        try:
+            written = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": PROBE}], False)
+        except TemplateError as refusal:
+            if isinstance(refusal.__cause__, jinja2.TemplateSyntaxError):
+                raise
+            return ""  # a template that wants more than one exchange
+        return written.rpartition(PROBE)[2] if PROBE in written else ""
+
     def render(self, messages: Sequence[dict[str, str]], answer_next: bool, tools: Sequence[Any] = ()) -> str:
         """Messages as text; with answer_next, up to where the assistant's answer begins.
 
@@ -75,6 +93,9 @@ class Template:
                 list(messages), chat_template=self.source, add_generation_prompt=answer_next, tokenize=False,
                 tools=list(tools) or None,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"The template {self.name!r} is no jinja: line {error.lineno}: {error.message}.",
+                                next_step="Mend it, or choose another (data.template).") from error
         except Exception as error:  # a template raises whatever its author chose
             raise TemplateError(f"The template {self.name!r} refuses the conversation: {error}") from error
 
@@ -96,9 +117,16 @@ class Template:
             written = self.render(conversation.as_dicts(i + 1), False, conversation.tools)
             answer = message.content
             if written.startswith(prompt):
-                # What the template makes of the answer (it may strip it), without the stop token and what follows.
-                answer = _before_stop(written[len(prompt) :], self.tokenizer.decode([self.stop_id]))
+                answer = self._before_ending(written[len(prompt) :])
             yield Turn(prompt, answer, message.weight, stops=not conversation.bare_label)
+
+    def _before_ending(self, written: str) -> str:
+        """What the template makes of an answer (it may strip it, or write around it), up to the stop token."""
+        stop = self.tokenizer.decode([self.stop_id])
+        ending = self.ending[self.ending.find(stop) :] if stop in self.ending else self.ending
+        if ending and written.endswith(ending):
+            return written.removesuffix(ending)
+        return written.rpartition(stop)[0] if stop in written else written
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -125,7 +153,9 @@ def _source(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
         return tokenizer.get_chat_template(), True
     if name.endswith(".jinja"):
         if not Path(name).is_file():
-            raise TemplateError(f"There is no template file {name}.")
+            siblings = [str(p) for p in Path(name).parent.glob("*.jinja")]
+            raise TemplateError(f"There is no template file {name}.", nearest(name, siblings),
+                                f"Give the path of a .jinja file, or one of {', '.join(['auto', *named_templates()])} (data.template).")
         return Path(name).read_text("utf-8"), False
     file = FOLDER / f"{WITHOUT_OWN if name == 'auto' else name}.jinja"
     if not file.is_file():
@@ -138,21 +168,12 @@ def _source(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
 def _stop_id(template: Template) -> int:
     """The id that ends an answer: the first special token that the template writes after one, else the EOS.
 
-    Found by asking the template, since it is <|im_end|> here, <|eot_id|> or <end_of_turn> there, and not always the EOS.
+    Found in the template's ending, since it is <|im_end|> here, <|eot_id|> or <end_of_turn> there, and not always the EOS.
     """
     tokenizer = template.tokenizer
-    asked, answer = [{"role": "user", "content": "1"}], "2"
-    after = ""
-    try:
-        prompt = template.render(asked, True)
-        written = template.render([*asked, {"role": "assistant", "content": answer}], False)
-        if written.startswith(prompt):
-            after = written[len(prompt) :].partition(answer)[2]
-    except TemplateError:
-        pass  # a template that wants more than one exchange; its answers end with the EOS
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    for token in tokenizer(after, add_special_tokens=False).input_ids:
-        if token in special:
+    for token in tokenizer(template.ending, add_special_tokens=False).input_ids:
+        if token == tokenizer.eos_token_id or (token in special and token != tokenizer.unk_token_id):
             return token
     if tokenizer.eos_token_id is None:
         raise TemplateError(
@@ -161,6 +182,3 @@ def _stop_id(template: Template) -> int:
         )
     return tokenizer.eos_token_id
 
-
-def _before_stop(text: str, stop: str) -> str:
-    return text.partition(stop)[0] if stop and stop in text else text.rstrip("\n")

@@ -47,11 +47,11 @@ def examples(turns: Iterable[EncodedTurn], max_tokens: int, row: int, row_weight
     """The paths of one row, none longer than max_tokens.
 
     A chat ends with the last turn that fits whole. Where even the first turn is too long, its answer is cut and keeps
-    its stop token; if nothing of the answer is left, there is no path.
+    its stop token; if nothing of the answer is left, there is no path. A bare label is whole or not there.
     """
     for i, turn in enumerate(turns):
         room = max_tokens - len(turn.prompt) - len(turn.stop)
-        if len(turn.answer) > room and (i > 0 or room < 1):
+        if len(turn.answer) > room and (i > 0 or room < 1 or not len(turn.stop)):
             return
         learned = np.concatenate([turn.answer[:room], turn.stop])
         weights = np.zeros(len(turn.prompt) + len(learned), np.float32)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-MOST_NODES = 16_384  # more at once gains no speed on any machine we know, and hides progress
+MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # more at once gains no speed, costs memory, and hides progress
 LEAST_NODES = 512
+UNBOUNDED = 1 << 30
 SHARE_OF_FREE = 0.5  # the rest is for gradients, the optimizer, the head's chunk and what else runs here
 
 
@@ -57,7 +58,7 @@ def device_name(device: Any) -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
-def bytes_per_node(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool, layout: str) -> int:
+def bytes_per_node(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool | None, layout: str) -> int:
     """What one more node of a pass keeps for the backward pass, roughly.
 
     A layer of a Llama-like model with LoRA on its linears keeps about 16 hidden vectors (norms in fp32, residuals, q, k,
@@ -73,10 +74,10 @@ def bytes_per_node(model: torch.nn.Module, compute: torch.dtype, checkpointing: 
     return kept + (4 * 4 * config.vocab_size if layout == "padded" else 0)
 
 
-def nodes_that_fit(per_node: int, accelerator: Any) -> int:
+def nodes_that_fit(per_node: int, accelerator: Any, most: int | None = None) -> int:
     """A budget of nodes for one pass, from the memory that is free now, shared by the processes on this machine."""
     share = SHARE_OF_FREE * free(accelerator.device)
     if accelerator.device.type != "cuda":
         share /= accelerator.num_processes
-    nodes = int(share / per_node)
-    return max(LEAST_NODES, min(MOST_NODES, nodes // 256 * 256))
+    most = most or MOST_NODES.get(accelerator.device.type, MOST_NODES["cuda"])
+    return max(LEAST_NODES, min(most, int(share / per_node) // 256 * 256))

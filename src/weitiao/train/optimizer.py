@@ -13,19 +13,31 @@ from weitiao.config import TrainingSettings
 from weitiao.errors import SettingError, nearest
 
 
+def refuse_unknown(settings: TrainingSettings) -> None:
+    """Told at once, before anything is read or loaded.
+
+    Raises:
+        SettingError: transformers knows no optimizer or scheduler of that name.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for name, known in (("optimizer", OptimizerNames), ("scheduler", SchedulerType)):
+        names, asked = [kind.value for kind in known], getattr(settings, name)
+        if asked not in names:
+            raise SettingError(f"training.{name} = {asked!r} is unknown. {nearest(asked, names)}".rstrip(),
+                               f"Expected one of {', '.join(names)}.")
+
+
 def make_optimizer(model: torch.nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer over what is trained; weight decay falls on matrices alone.
 
     Raises:
-        SettingError: transformers knows no such optimizer, or the package that brings it is missing.
+        SettingError: the package that brings it is missing, or it refuses its options.
     """
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
-    names = [name.value for name in OptimizerNames]
-    if settings.optimizer not in names:
-        raise SettingError(f"training.optimizer = {settings.optimizer!r} is unknown. {nearest(settings.optimizer, names)}".rstrip(),
-                           f"Expected one of {', '.join(names)}.")
     arguments = _arguments(
         optim=OptimizerNames(settings.optimizer), optim_args=settings.optimizer_options or None,
         learning_rate=learning_rate, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2,
@@ -58,12 +70,7 @@ def _arguments(**ours: Any) -> SimpleNamespace:
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings, steps: int) -> Any:
     """The learning rate's way over `steps` optimizer steps, warm-up included."""
     from transformers import get_scheduler
-    from transformers.trainer_utils import SchedulerType
 
-    names = [name.value for name in SchedulerType]
-    if settings.scheduler not in names:
-        raise SettingError(f"training.scheduler = {settings.scheduler!r} is unknown. {nearest(settings.scheduler, names)}".rstrip(),
-                           f"Expected one of {', '.join(names)}.")
     try:
         return get_scheduler(
             settings.scheduler, optimizer, num_warmup_steps=warmup_steps(settings.warmup, steps), num_training_steps=steps,

@@ -33,6 +33,7 @@ from weitiao.train import memory
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
+from weitiao.train.optimizer import refuse_unknown
 from weitiao.train.proof import Proof, prove
 
 
@@ -114,6 +115,7 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
 
 def prepare(settings: Settings, screen: Screen, with_model: bool = True) -> Job:
     """Find the model, read the rows, load the weights, attach the method."""
+    refuse_unknown(settings.training)
     accelerator = make_accelerator(settings)
     base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
@@ -126,11 +128,16 @@ def prepare(settings: Settings, screen: Screen, with_model: bool = True) -> Job:
     obstacle = loading.trie_obstacle(model)
     refuse_unsound(model, base)
     learn_on_tries(model)
-    if settings.training.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     model = method.attach(model, settings.method, settings.training.seed).to(accelerator.device)
+    if settings.training.checkpointing:
+        turn_on_checkpointing(model)
     return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle)
+
+
+def turn_on_checkpointing(model: torch.nn.Module) -> None:
+    model = loading.causal_lm(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def make_accelerator(settings: Settings) -> Any:
@@ -166,10 +173,11 @@ def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
 def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     """Fill in what the settings left open, so that a run goes on elsewhere as it began here; prove the layout."""
     training = job.settings.training
+    checkpointing = settle_checkpointing(job, screen)
     layout, proof = training.layout, None
     if layout != "padded":
         layout, proof = prove_layout(job, screen)
-    per_node = memory.bytes_per_node(job.model, job.compute, training.checkpointing, layout)
+    per_node = memory.bytes_per_node(job.model, job.compute, checkpointing, layout)
     budget = training.nodes_per_pass or memory.nodes_that_fit(per_node, job.accelerator)
     absolute = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.train]
     absolute_eval = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.eval]
@@ -177,11 +185,25 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
         "model": job.settings.model.model_copy(update={"name": _absolute(job.settings.model.name)}),
         "data": job.settings.data.model_copy(update={"train": absolute, "eval": absolute_eval, "max_tokens": job.data.max_tokens}),
         "training": training.model_copy(update={
-            "layout": layout, "nodes_per_pass": budget, "learning_rate": job.settings.learning_rate,
+            "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing, "learning_rate": job.settings.learning_rate,
             "precision": "bf16" if job.compute is torch.bfloat16 else "fp32",
         }),
     })
     return filled, proof
+
+
+def settle_checkpointing(job: Job, screen: Screen) -> bool:
+    """As asked; else on where the longest row would not fit without."""
+    asked = job.settings.training.checkpointing
+    if asked is not None:
+        return asked
+    longest = max(len(e) for data in (job.data, job.eval_data) for row in data.rows for e in row.examples)
+    per_node = memory.bytes_per_node(job.model, job.compute, False, "trie")
+    if longest <= memory.nodes_that_fit(per_node, job.accelerator, most=memory.UNBOUNDED):
+        return False
+    turn_on_checkpointing(job.model)
+    screen.tell(f"Activations are recomputed in the backward pass: the longest row, {longest:,} tokens, would not fit otherwise.")
+    return True
 
 
 def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
@@ -214,7 +236,9 @@ def _absolute(name: str) -> str:
 def default_name(settings: Settings) -> str:
     """<data>-<method>-<model>, such as rows-lora-smollm2-135m."""
     def stem(name: str) -> str:
-        return Path(name.rstrip("/").split(":")[-1]).name.split(".")[0] or "rows"
+        path = Path(name.rstrip("/").split(":")[-1])
+        own = path.name.split(".")[0]
+        return path.parent.name if own in ("train", "data", "rows") and path.parent.name else own or "rows"
 
     model = Path(settings.model.name.rstrip("/").split(":")[-1]).name
     return "-".join([stem(settings.data.train[0].path), settings.method.name, model.removesuffix(".gguf")])
@@ -279,6 +303,9 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
         finally:
             if not run.checkpoints() and not run.read_metrics() and sys.exc_info()[0] is not None:
                 shutil.rmtree(path, ignore_errors=True)
+                if path.parent == Path("runs"):
+                    with contextlib.suppress(OSError):  # if it is empty now
+                        path.parent.rmdir()
 
 
 def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:

@@ -1,0 +1,439 @@
+"""The command line as a user meets it: what runs, what is refused, with which message and which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from weitiao.cli import main
+
+
+@pytest.fixture
+def weitiao(monkeypatch, capsys, tmp_path):
+    """Run a command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["weitiao", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+FAST = ["training.epochs=2", "training.batch_size=6", "training.learning_rate=1e-2", "method.rank=4"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, model_folder, rows_file) -> Path:
+    """A finished run on the tiny model, shared by the tests that read one."""
+    from weitiao import config
+    from weitiao.train.train import train
+
+    path = tmp_path_factory.mktemp("runs") / "done"
+    settings = config.read(None, [*FAST, "data.eval_share=0.25", "saving.every=2"], **{
+        "model.name": str(model_folder), "data.train": str(rows_file), "output": str(path)})
+    return train(settings).path
+
+
+def one_message(err: str) -> None:
+    assert "Traceback" not in err
+    assert err.strip()
+
+
+def test_one_line_is_enough(weitiao, model_folder, rows_file, tmp_path):
+    code, out, err = weitiao("train", "--model", model_folder, "--data", rows_file, *FAST)
+    assert code == 0, err
+    run = tmp_path / "runs" / f"{rows_file.parent.name}-lora-{model_folder.name}"
+    assert run.is_dir()
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "data.json", "template.jinja", "template.json", "metrics.jsonl",
+                     "proof.json", "checkpoints", "adapter", "summary.json", "loss.png"}
+    proof = json.loads((run / "proof.json").read_text())
+    assert proof["passed"] and proof["leak_max"] == 0 and {"nll_max", "grad_rel_max", "dtype"} <= set(proof)
+    assert "trainable params: " in out and " || all params: " in out and "token trie" in out
+    assert "step 8/8" in out and "rows/s" in out and "tokens/s" in out and "computed" in out and "GiB" in out
+    assert "\x1b[" not in out  # no terminal: plain lines
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(1, 9))
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_in_yaml_with_overrides(weitiao, model_folder, rows_file, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {model_folder}\ndata: {rows_file}\nmethod: lora\ntraining: {{epochs: 1, batch_size: 12}}\noutput: mine\n")
+    code, _, err = weitiao("train", "run.yaml", "method.rank=2", "training.steps=1")
+    assert code == 0, err
+    assert json.loads((tmp_path / "mine" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    code, _, err = weitiao("train", "run.yaml")
+    assert code == 2 and "mine exists already" in err and "--resume" in err
+
+
+def test_full_tuning_leaves_a_plain_model_in_float32(weitiao, model_folder, rows_file, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "full", "method=full",
+                           "training.steps=2", "training.batch_size=8")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "model")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+REFUSED = {
+    "missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl", ""),
+    "empty file": (["--data", "empty.jsonl"], "holds no rows", ""),
+    "broken line": (["--data", "broken.jsonl"], "broken.jsonl:2", ""),
+    "unknown columns": (["--data", "columns.jsonl"], "columns.jsonl:1 has the columns 问, 答", "data.columns"),
+    "unknown setting": (["--data", "good.jsonl", "method.rnk=3"], "There is no setting 'method.rnk'", "Did you mean 'method.rank'?"),
+    "peer's name": (["--data", "good.jsonl", "lora_alpha=3"], "There is no setting 'lora_alpha'", "method.alpha"),
+    "nothing learned": (["--data", "unanswered.jsonl", "data.bad_share=1"], "Nothing can be learned from any of the 3 rows", "no answer"),
+    "too many bad": (["--data", "half.jsonl"], "1 of 2 rows cannot teach (50.0%)", "half.jsonl:2"),
+    "bad row refused": (["--data", "mostly.jsonl", "data.bad_rows=refuse"], "1 of 40 rows cannot teach", "mostly.jsonl:7"),
+    "cut before the answer": (["--data", "good.jsonl", "data.max_tokens=8"], "its answer is cut away", "Raise data.max_tokens"),
+    "mistyped model": (["--data", "good.jsonl", "--model", "./tiny-lama"], "tiny-lama", ""),
+    "mistyped alias": (["--data", "good.jsonl", "--model", "smolm2-135m"], "smolm2-135m", "smollm2-135m"),
+    "unknown template": (["--data", "good.jsonl", "data.template=chatm"], "There is no template 'chatm'", "Did you mean 'chatml'?"),
+    "unknown optimizer": (["--data", "good.jsonl", "training.optimizer=adamw_trch"], "adamw_trch", "Did you mean 'adamw_torch'?"),
+    "unknown scheduler": (["--data", "good.jsonl", "training.scheduler=cosin"], "cosin", "Did you mean 'cosine'?"),
+    "unknown targets": (["--data", "good.jsonl", "method.targets=[q_prj]"], "matches no layer", "q_proj"),
+    "missing yaml": (["run.yml"], "There is no file run.yml", ""),
+    "no rows named": ([], "no rows to learn from", "--data FILE"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_one_message_with_exit_code_2_and_nothing_written(weitiao, what, model_folder, tmp_path):
+    good = '{"prompt": "What is it?", "completion": "It is it."}\n'
+    files = {
+        "empty.jsonl": "", "broken.jsonl": good + '{"prompt": "x", "completion": \n' + good,
+        "columns.jsonl": '{"问": "a", "答": "b"}\n', "good.jsonl": good * 3,
+        "unanswered.jsonl": '{"prompt": "x", "completion": null}\n' * 3,
+        "half.jsonl": good + '{"prompt": "x", "completion": ""}\n',
+        "mostly.jsonl": good * 6 + '{"prompt": "x", "completion": ""}\n' + good * 33,
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    words, found, cure = REFUSED[what]
+    model = [] if "--model" in words else ["--model", str(model_folder)]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    code, _, err = weitiao("train", *model, *words)
+    assert code == 2
+    one_message(err)
+    assert found in err and cure in err, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_token_outside_the_embedding_is_named_with_its_row(weitiao, model_folder, rows_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "<new>"}\n')
+    code, _, err = weitiao("train", "--model", folder, "--data", "rows.jsonl")
+    assert code == 2 and "rows.jsonl:2: token id 300 is outside the model's embedding of 300 rows" in err
+
+
+def test_weights_that_are_not_finite_are_named(weitiao, model_folder, rows_file, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = weitiao("train", "--model", folder, "--data", rows_file, "--output", "x")
+    assert code == 2 and "model.norm.weight" in err and "not finite" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(weitiao, model_folder, rows_file, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = weitiao("train", "--model", folder, "--data", rows_file)
+    assert code == 2 and "lacks 1 weights, model.layers.1.mlp.up_proj.weight" in err
+
+
+def test_a_run_that_diverges_stops_with_a_message_and_leaves_nothing_of_itself(weitiao, model_folder, rows_file, tmp_path):
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "x", "method=full",
+                           "training.learning_rate=1e30", "training.max_grad_norm=0", "training.warmup=0", "training.epochs=5")
+    assert code == 2
+    assert "Step 2" in err or "Step 3" in err
+    assert "nan" in err.lower() or "inf" in err.lower() or "finite" in err
+
+
+def test_a_model_outside_the_interface_is_trained_on_padded_rows_and_told(weitiao, tokenizer, rows_file, tmp_path):
+    from conftest import tiny_model
+
+    tiny_model("bloom").save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    code, out, err = weitiao("train", "--model", "./bloom", "--data", rows_file, "--output", "b", *FAST)
+    assert code == 0, err
+    assert "Rows are padded side by side" in out
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    code, _, err = weitiao("train", "--model", "./bloom", "--data", rows_file, "--output", "c", "training.layout=trie")
+    assert code == 2 and "training.layout=trie cannot be kept" in err
+
+
+def test_resume_of_a_finished_run_says_so(weitiao, finished):
+    code, out, _ = weitiao("train", finished, "--resume")
+    assert code == 0 and "is finished" in out
+
+
+def test_other_rows_than_it_began_with_are_refused(weitiao, model_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    assert weitiao("train", "--model", model_folder, "--data", rows, "--output", "r", "training.batch_size=2")[0] == 0
+    rows.write_text('{"prompt": "a", "completion": "c"}\n' * 8)
+    shutil.rmtree(tmp_path / "r" / "adapter")
+    code, _, err = weitiao("train", "r", "--resume")
+    assert code == 2 and "not those that r began with" in err
+
+
+# ------------------------------------------------------------------------------------------------ kills and signals
+
+
+def start(words, cwd) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, "-m", "weitiao", *map(str, words)], cwd=cwd, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+    metrics = run / "metrics.jsonl"
+    for _ in range(6000):
+        if metrics.is_file() and metrics.read_text().count("\n") >= steps:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.communicate())
+        time.sleep(0.02)
+    raise AssertionError("no steps in two minutes")
+
+
+LONG = ["training.epochs=40", "training.batch_size=6", "training.learning_rate=3e-3", "saving.every=7", "data.eval_share=0.2",
+        "evaluation.every=10", "method.dropout=0.1"]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, model_folder, rows_file) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = start(["train", "--model", model_folder, "--data", rows_file, "--output", "whole", *LONG], folder)
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_interrupted_and_resumed_is_the_uninterrupted_run_bit_for_bit(how, uninterrupted, model_folder, rows_file, tmp_path, weitiao):
+    process = start(["train", "--model", model_folder, "--data", rows_file, "--output", "run", *LONG], tmp_path)
+    run = tmp_path / "run"
+    wait_for_steps(process, run, 31)
+    process.send_signal(getattr(signal, how))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}[how]
+    if how != "SIGKILL":
+        assert "Go on: weitiao train run --resume" in err
+    interrupted_at = len((run / "metrics.jsonl").read_text().splitlines())
+    assert interrupted_at < len((uninterrupted / "metrics.jsonl").read_text().splitlines())
+    if how == "SIGKILL":  # and the newest checkpoint is torn besides
+        newest = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
+        with (newest / "trainer.pt").open("r+b") as file:
+            file.truncate(100)
+    code, out, err = weitiao("train", run, "--resume")
+    assert code == 0, err
+    assert ("is torn" in out) == (how == "SIGKILL")
+    assert (run / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (run, uninterrupted)]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_at_work_refuses_a_second_one(model_folder, rows_file, tmp_path, weitiao):
+    process = start(["train", "--model", model_folder, "--data", rows_file, "--output", "run", "training.steps=100000"], tmp_path)
+    try:
+        wait_for_steps(process, tmp_path / "run", 1)
+        code, _, err = weitiao("train", "run", "--resume")
+        assert code == 2 and "Another training is at work in run" in err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_full_disk_is_told_and_training_goes_on_to_the_next_save(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
+    import errno
+
+    from weitiao.model.methods import lora
+
+    save, calls = lora.save, []
+
+    def full_once(model, folder, base):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(model, folder, base)
+
+    monkeypatch.setattr(lora, "save", full_once)
+    code, out, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "run", *FAST, "saving.every=2")
+    assert code == 0, err
+    assert "Step 4 could not be saved: [Errno 28] No space left on device. Training goes on to the next save." in out
+    assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 8]
+
+
+def test_a_disk_that_stays_full_ends_cleanly_with_the_last_good_checkpoint_standing(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
+    import errno
+
+    from weitiao.model.methods import lora
+
+    save, calls = lora.save, []
+
+    def full(model, folder, base):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(model, folder, base)
+
+    monkeypatch.setattr(lora, "save", full)
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "run", *FAST, "saving.every=2")
+    assert code == 2 and "The last good checkpoint stands" in err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    monkeypatch.setattr(lora, "save", save)
+    assert weitiao("train", "run", "--resume")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ use
+
+
+def test_evaluate(weitiao, finished):
+    code, out, err = weitiao("evaluate", finished, "--base")
+    assert code == 0, err
+    scores = json.loads((finished / "scores.json").read_text())
+    assert set(scores) >= {"base", "tuned"}
+    assert scores["tuned"]["loss"] < scores["base"]["loss"]
+    assert scores["tuned"]["perplexity"] == pytest.approx(2.718281828 ** scores["tuned"]["loss"], rel=1e-6)
+    recorded = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    best = min(line["eval_loss"] for line in recorded if "eval_loss" in line)
+    assert scores["tuned"]["loss"] == pytest.approx(best, rel=1e-5)
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6 and set(samples[0]) == {"where", "prompt", "reference", "answer"}
+    assert "exact_match" in out
+
+
+def test_generate_takes_prompts_and_files_and_greedy_twice_is_the_same(weitiao, finished, tmp_path, rows_file):
+    first = weitiao("generate", finished, "--prompt", "What is 3 and 3?", "--max-new-tokens", 12)
+    assert first[0] == 0 and first == weitiao("generate", finished, "--prompt", "What is 3 and 3?", "--max-new-tokens", 12)
+    (tmp_path / "prompts.txt").write_text("What is 1 and 1?\n\nWhat is 3 and 3?\n")
+    code, out, err = weitiao("generate", finished, "--file", "prompts.txt", "--max-new-tokens", 12, "--output", "a.jsonl")
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["What is 1 and 1?", "What is 3 and 3?"]
+    assert lines[1]["answer"].strip() == first[1].strip()  # alone or in a padded batch
+    code, out, err = weitiao("generate", finished, "--file", rows_file, "--max-new-tokens", 3)
+    assert code == 0 and len(out.splitlines()) == 24, err
+    assert weitiao("generate", finished)[0] == 2
+
+
+def test_chat_streams_remembers_and_resets(weitiao, finished, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 3 and 3?\n/reset\nWhat is 3 and 3?\n/nonsense\n/exit\n"))
+    code, out, err = weitiao("chat", finished, "--max-new-tokens", 8)
+    assert code == 0, err
+    before, after = out.split("(begun anew)")
+    assert before.strip() and before.strip() == after.replace("/reset begins anew, /exit leaves.", "").strip()
+
+
+def test_a_checkpoint_can_be_used_in_the_place_of_a_run(weitiao, finished):
+    step = max(int(p.name) for p in (finished / "checkpoints").iterdir())
+    code, out, err = weitiao("generate", finished / "checkpoints" / str(step), "--prompt", "x", "--max-new-tokens", 2)
+    assert code == 0, err
+    code, _, err = weitiao("generate", finished / "checkpoints" / "999", "--prompt", "x")
+    assert code == 2 and "There is no checkpoint 999" in err
+
+
+def test_merge_is_proven_and_loads_without_us(weitiao, finished, tmp_path, model_folder):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code, out, err = weitiao("merge", finished, "--output", "merged")
+    assert code == 0, err
+    assert "Proven on" in out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), finished / "adapter")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("What is 3 and 3?", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        difference = (merged(ids).logits - adapter.eval()(ids).logits).abs().max()
+    assert difference < 1e-4
+    assert merged.generation_config.eos_token_id == [2]
+    code, _, err = weitiao("merge", finished, "--output", "merged")
+    assert code == 2 and "merged exists already" in err
+
+
+def test_a_merge_that_is_not_what_was_trained_is_not_kept(weitiao, finished, tmp_path, monkeypatch):
+    from weitiao.model.methods import lora
+
+    merge = lora.merge
+
+    def spoil(model):
+        merged = merge(model)
+        merged.model.layers[0].mlp.up_proj.weight.data += 0.05
+        return merged
+
+    monkeypatch.setattr(lora, "merge", spoil)
+    code, _, err = weitiao("merge", finished, "--output", "merged")
+    assert code == 2 and "not the one that was trained" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_prove_at_length_repeats_the_recorded_steps_to_the_bit(weitiao, finished):
+    code, out, err = weitiao("prove", finished, "--batches", 2, "--steps", 2)
+    assert code == 0, err
+    report = json.loads((finished / "proof-long.json").read_text())
+    assert report["trie"]["passed"] and report["trie"]["leak_max"] == 0
+    assert report["repeated"]["loss_difference_max"] == 0 and len(report["repeated"]["steps"]) == 2
+    assert "Proven." in out
+
+
+def test_a_changed_template_is_refused(weitiao, finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "template.jinja").write_text((copy / "template.jinja").read_text() + "\n")
+    code, _, err = weitiao("generate", copy, "--prompt", "x")
+    assert code == 2 and "not the template that the run was trained with" in err
+
+
+def test_no_such_run(weitiao):
+    for command in ("chat", "evaluate", "merge", "prove"):
+        code, _, err = weitiao(command, "runs/none")
+        assert code == 2 and "There is no run folder runs/none" in err
+
+
+def test_train_help_lists_every_setting(weitiao):
+    from weitiao.config import every_setting
+
+    code, out, _ = weitiao("train", "--help")
+    assert code == 0
+    for name, _, _ in every_setting():
+        assert f"  {name}  [" in out
+    assert "training.batch_size  [whole number >= 1 (rows), default 16]" in out

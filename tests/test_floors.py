@@ -1,0 +1,75 @@
+"""Imports go down only, and the command line answers without the heavy libraries."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weitiao
+
+SOURCE = Path(weitiao.__file__).parent
+# Who may be imported by whom: a floor sees its own and those below it; `data` sees nothing of `model`, and the other way
+# round only what a batch is made of.
+FLOORS = {
+    "errors": 0, "config": 1,
+    "trie": 2, "metrics": 2, "screen": 2, "help": 2, "example": 2, "__init__": 2,
+    "data": 3, "model": 4, "train": 5, "use": 6, "cli": 7, "__main__": 8,
+}
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    return FLOORS[parts[1] if len(parts) > 1 else "__init__"]
+
+
+def imports(file: Path):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "weitiao":
+            if node.module == "weitiao":
+                yield from (f"weitiao.{a.name}" if (SOURCE / f"{a.name}.py").exists() or (SOURCE / a.name).is_dir() else "weitiao"
+                            for a in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "weitiao")
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_down_only(file):
+    relative = file.relative_to(SOURCE)
+    here = FLOORS[relative.parts[0].removesuffix(".py")]
+    for module in imports(file):
+        assert floor(module) <= here, f"{relative} imports {module} from above"
+        if relative.parts[0] == "data":
+            assert not module.startswith("weitiao.model"), f"{relative} imports {module}; data and model are neighbours"
+
+
+def test_every_file_has_a_floor():
+    for file in FILES:
+        assert file.relative_to(SOURCE).parts[0].removesuffix(".py") in FLOORS
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["chat", "--help"], ["version"]])
+def test_help_loads_no_heavy_library(words):
+    script = (
+        "import sys; sys.argv = ['weitiao', *sys.argv[1:]]\n"
+        "from weitiao.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_reading_rows_loads_no_torch():
+    script = "import sys, weitiao.data.dataset; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
