@@ -151,10 +151,10 @@ def _read(sources: Sequence[Source], settings: DataSettings, seed: int) -> list[
 
 
 def _name_labels(found: list[Row], names: dict[int, str] | None) -> list[Row]:
-    """Labels by the names that the data set itself gives them, where it does."""
+    """Labels by the names that the data set itself gives them, where it does; -1 stands for none there."""
     if not names:
         return found
-    return [replace(row, fields=row.fields | {"label": names.get(row.fields["label"], row.fields["label"])}) for row in found]
+    return [replace(row, fields=row.fields | {"label": names.get(row.fields["label"])}) for row in found]
 
 
 def _encode(conversation: Conversation, template: Template, model_limit: int) -> list[EncodedTurn]:
