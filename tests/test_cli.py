@@ -415,6 +415,39 @@ def test_prove_at_length_repeats_the_recorded_steps_to_the_bit(weitiao, finished
     assert "Proven." in out
 
 
+def test_the_best_checkpoint_by_a_metric_is_the_one_published(weitiao, model_folder, tmp_path):
+    rows = [{"prompt": f"{a}?", "completion": json.dumps({"a": a % 2})} for a in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = weitiao("train", "--model", model_folder, "--data", "rows.jsonl", "--output", "r", *FAST, "training.epochs=6",
+                             "data.eval=rows.jsonl", "evaluation.metric=field_f1", "evaluation.every=4", "saving.every=5")
+    assert code == 0, err
+    run = tmp_path / "r"
+    scored = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "field_f1" in line]
+    assert [line["step"] for line in scored] == [4, 8, 12]
+    best = max(scored, key=lambda line: line["field_f1"])["step"]
+    assert json.loads((run / "summary.json").read_text())["published_step"] == best
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (run / "checkpoints" / str(best) / name).read_bytes()
+    code, _, err = weitiao("train", "--model", model_folder, "--data", "rows.jsonl", "--output", "s", "evaluation.metric=field_f1")
+    assert code == 2 and "data.eval" in err
+
+
+def test_labels_are_answered_without_a_stop_token(weitiao, model_folder, tmp_path):
+    rows = [{"text": "good" if a % 2 else "bad", "label": a % 2} for a in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = weitiao("train", "--model", model_folder, "--data", "rows.jsonl", "--output", "r", *FAST, "training.epochs=30",
+                           "data.labels={'0': neg, '1': pos}", "data.eval=rows.jsonl", "evaluation.every=end", "saving.every=end")
+    assert code == 0, err
+    code, out, err = weitiao("evaluate", "r")
+    assert code == 0, err
+    assert json.loads((tmp_path / "r" / "scores.json").read_text())["tuned"]["exact_match"] == 1.0
+
+
+def test_a_prompt_longer_than_the_model_is_refused(weitiao, finished):
+    code, _, err = weitiao("generate", finished, "--prompt", "word " * 400)
+    assert code == 2 and "Prompt 1 has" in err and "The model takes 256" in err
+
+
 def test_a_changed_template_is_refused(weitiao, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

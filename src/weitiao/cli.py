@@ -170,14 +170,6 @@ def main() -> None:
 
         error("\nStopped.")
         sys.exit(130)
-    except Exception as stopped:
-        code = getattr(stopped, "code", None)
-        if not isinstance(code, int):
-            raise
-        from weitiao.screen import error
-
-        error(str(stopped))
-        sys.exit(code)
 
 
 if __name__ == "__main__":

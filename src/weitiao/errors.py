@@ -6,7 +6,8 @@ WeitiaoError             one message, no traceback; carries the exit code
 ├── RowError             rows that cannot be read or cannot teach; names file and line
 ├── RunError             a run folder that is missing, busy, torn, or does not fit what is asked
 ├── TemplateError        a chat template that is unknown or refuses the conversation
-└── TrainingStopped      a run that had to end early: a loss or weight that is not finite, a full disk
+├── TrainingStopped      a run that had to end early: a loss or weight that is not finite, a full disk
+└── Interrupted          a signal ended a run in good order; carries the shell's own exit code for it
 
 Each says what was found, what was expected, and what to do next.
 """
@@ -55,6 +56,12 @@ class TemplateError(WeitiaoError):
 
 class TrainingStopped(WeitiaoError):
     pass
+
+
+class Interrupted(WeitiaoError):
+    def __init__(self, found: str, signal_number: int):
+        super().__init__(found)
+        self.exit_code = 128 + signal_number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def test_an_answer_goes_on_where_the_prompt_ends(seam):
 def test_a_merge_across_the_seam_does_not_change_the_prompt(seam):
     text = "Human: q\n\nAssistant: "
     encoded = encode_turn(Turn(text, "a a", 1.0, stops=True), seam)
-    assert encoded.prompt.tolist() == seam.encode_prompt(text).tolist()
+    assert encoded.prompt.tolist() == seam.encode_prompts([text])[0].tolist()
     assert seam.tokenizer.convert_ids_to_tokens(encoded.prompt)[-1] == "Ġ"
     assert seam.tokenizer.convert_ids_to_tokens(encoded.answer) == ["a", "Ġa"]
     assert seam.tokenizer.decode([*encoded.prompt, *encoded.answer, *encoded.stop]) == text + "a a</s>"

@@ -101,13 +101,13 @@ class Template:
 
     def prompt_ids(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> np.ndarray:
         """The ids that inference sends for these messages, int32 [T]."""
-        return self.encode_prompt(self.render(messages, answer_next=True, tools=tools))
+        return self.encode_prompts([self.render(messages, answer_next=True, tools=tools)])[0]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if self.begins_with_bos and ids[:1] != [self.tokenizer.bos_token_id]:
-            ids = [self.tokenizer.bos_token_id, *ids]
-        return np.asarray(ids, np.int32)
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Texts that each begin a row, as ids with one BOS at most; several at once use several cores."""
+        bos = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        return [np.asarray(ids if ids[:1] == bos else bos + ids, np.int32) for ids in encoded]
 
     def turns(self, conversation: Conversation) -> Iterator[Turn]:
         """Each learned turn of a conversation, with its prompt."""

@@ -33,8 +33,7 @@ class EncodedTurn:
 
 
 def encode_turn(turn: Turn, template: Template) -> EncodedTurn:
-    prompt = template.encode_prompt(turn.prompt)
-    both = template.encode_prompt(turn.prompt + turn.answer)
+    prompt, both = template.encode_prompts([turn.prompt, turn.prompt + turn.answer])
     if len(both) > len(prompt) and np.array_equal(both[: len(prompt)], prompt):
         answer = both[len(prompt) :]
     else:

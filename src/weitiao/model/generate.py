@@ -7,8 +7,9 @@ right for as long as it answers, and puts it back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,27 +60,38 @@ def answer_all(
     return answers
 
 
-def stream(model, template: Template, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
-    """The answer to one prompt, piece by piece as it is made."""
-    from threading import Thread
+def stream(
+    model, template: Template, prompt: np.ndarray, sampling: Sampling, autocast: Callable[[], Any] = nullcontext,
+) -> Iterator[str]:
+    """The answer to one prompt, piece by piece as it is made. Closing the iterator ends the answer.
 
-    from transformers import TextIteratorStreamer
+    autocast: entered where the model runs, which is a thread of its own; the caller's would not reach there.
+    """
+    from threading import Event, Thread
 
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    enough = Event()
+    stop_when_enough = StoppingCriteriaList(
+        [lambda ids, scores, **_: torch.full((len(ids),), enough.is_set(), dtype=torch.bool, device=ids.device)])
     streamer = TextIteratorStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            with answering(model):
-                _generate(model, template, [prompt], sampling, streamer=streamer)
+            with answering(model), autocast():
+                _generate(model, template, [prompt], sampling, streamer=streamer, stopping_criteria=stop_when_enough)
         except BaseException as error:  # handed to the thread that reads
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        enough.set()
+        thread.join()
     if failure:
         raise failure[0]
 

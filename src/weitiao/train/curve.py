@@ -30,8 +30,10 @@ def draw(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     os.replace(part, path)
 
 
-def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """An exponential mean, corrected for its start (Kingma & Ba 2015, arXiv:1412.6980, section 3)."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """An exponential mean over about a twentieth of the run, corrected for its start (Kingma & Ba 2015, arXiv:1412.6980,
+    section 3)."""
+    keep = 1 - 1 / max(2, len(values) / 20)
     smoothed, mean = [], 0.0
     for i, value in enumerate(values, 1):
         mean = keep * mean + (1 - keep) * value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,12 +100,19 @@ def answer_and_score(
     prompts = [template.prompt_ids(q.messages, q.tools) for q in asked]
     limit = settings.max_new_tokens or longest_answer(template, asked)
     answers = answer_all(model, template, prompts, Sampling(limit), settings.batch_size, progress)
-    answers = [a.strip()[: len(q.reference)] if q.bare_label else a for a, q in zip(answers, asked, strict=True)]
+    labels = {q.reference for q in asked}
+    answers = [label_of(a, labels) if q.bare_label else a for a, q in zip(answers, asked, strict=True)]
     samples = [
         {"where": q.where, "prompt": q.messages[-1]["content"], "reference": q.reference, "answer": a}
         for q, a in zip(asked, answers, strict=True)
     ]
     return samples, score(answers, [q.reference for q in asked])
+
+
+def label_of(answer: str, labels: Collection[str]) -> str:
+    """The label that an answer begins with; no stop token is learned after a bare label, so more may follow it."""
+    answer = answer.strip()
+    return max((label for label in labels if answer.startswith(label)), key=len, default=answer)
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> Scores:

@@ -24,7 +24,7 @@ from weitiao.config import Settings
 from weitiao.data.dataset import Dataset, load, skipped_summary
 from weitiao.data.packing import trie_passes
 from weitiao.data.templates import Template, load_template
-from weitiao.errors import RunError, SettingError, SourceError
+from weitiao.errors import Interrupted, RunError, SettingError, SourceError
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
 from weitiao.model.source import resolve
@@ -57,14 +57,6 @@ class Job:
         """What an adapter's file names as its base: the hub id, or where the folder is."""
         name = self.settings.model.name
         return name if "/" in name and ":" not in name and not Path(name).exists() else str(self.base)
-
-
-class Interrupted(Exception):
-    """A signal ended the run in good order; a checkpoint was saved. code: the shell's exit code for it."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
 
 
 def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
@@ -181,9 +173,13 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     budget = training.nodes_per_pass or memory.nodes_that_fit(per_node, job.accelerator)
     absolute = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.train]
     absolute_eval = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.eval]
+    template = job.settings.data.template
     filled = job.settings.model_copy(update={
         "model": job.settings.model.model_copy(update={"name": _absolute(job.settings.model.name)}),
-        "data": job.settings.data.model_copy(update={"train": absolute, "eval": absolute_eval, "max_tokens": job.data.max_tokens}),
+        "data": job.settings.data.model_copy(update={
+            "train": absolute, "eval": absolute_eval, "max_tokens": job.data.max_tokens,
+            "template": _absolute(template) if template.endswith(".jinja") else template,
+        }),
         "training": training.model_copy(update={
             "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing, "learning_rate": job.settings.learning_rate,
             "precision": "bf16" if job.compute is torch.bfloat16 else "fp32",
@@ -262,7 +258,6 @@ def show_job(job: Job, screen: Screen) -> None:
     rows: list[tuple[str, Any]] = [
         ("model", f"{settings.model.name}, weights in {str(next(job.model.parameters()).dtype)[6:]}, computed in {str(job.compute)[6:]}"),
         ("method", f"{settings.method.name}, learning rate {settings.learning_rate:g}"),
-        ("", trainable_summary(trainable, total)),
         ("template", job.template.name if job.template.name != "auto" else "the tokenizer's own"),
         ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
@@ -273,7 +268,7 @@ def show_job(job: Job, screen: Screen) -> None:
     if job.data.skipped:
         rows.append(("skipped", f"{len(job.data.skipped)} rows that cannot teach:\n{skipped_summary(job.data.skipped)}"))
     screen.table("", rows)
-    screen.tell()
+    screen.tell(f"\n{trainable_summary(trainable, total)}\n")
 
 
 def sharing(job: Job, schedule: Schedule, most_steps: int = 10) -> tuple[int, int, int]:
@@ -360,8 +355,9 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
             if checkpoint:
                 training.restore(checkpoint)
             if not training.fit():
-                code = 128 + signals[0] if signals else 130
-                raise Interrupted(f"Stopped after step {training.step} of {steps}. Go on: weitiao train {run.path} --resume", code)
+                where = f"after step {training.step} of {steps}. Go on: weitiao train {run.path} --resume" \
+                    if training.step else "before the first step was done; nothing is kept."
+                raise Interrupted(f"Stopped {where}", signals[0] if signals else signal.SIGINT)
             training.save(must=True)
             if job.accelerator.is_main_process:
                 finish(run, job, training, line)
@@ -378,12 +374,13 @@ def finish(run: RunFolder, job: Job, training: Training, line: StepLine) -> None
     from weitiao.train.curve import draw
 
     best = training.best.get("step", training.step)
-    checkpoint = next(c for c in run.checkpoints() if c.step == best)
+    saved = run.checkpoints()
+    checkpoint = next((c for c in saved if c.step == best), saved[-1])  # the best one met a full disk, maybe
     folder = run.publish(checkpoint, job.method.FOLDER)
     job.template.tokenizer.save_pretrained(folder)
     metrics = run.read_metrics()
     run.write_json("summary.json", {
-        "steps": training.step, "published_step": best, "best": training.best, "seconds": round(line.seconds, 1),
+        "steps": training.step, "published_step": checkpoint.step, "best": training.best, "seconds": round(line.seconds, 1),
         "last_loss": next(m["loss"] for m in reversed(metrics) if "loss" in m),
         "speeds": {k: round(v, 2) for k, v in line.speeds().items()},
         "peak_memory_bytes": memory.peak(job.accelerator.device),

@@ -53,10 +53,9 @@ def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Scr
         return messages[:-1]
     pieces = []
     try:
-        with trained.autocast():
-            for piece in stream(trained.model, trained.template, prompt, sampling):
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+        for piece in stream(trained.model, trained.template, prompt, sampling, trained.autocast):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print("\n(broken off)")
         return messages[:-1]
@@ -79,10 +78,14 @@ def generate(
         asked += read_prompts(file, trained)
     opening = system or trained.settings.data.system
     asked = [m if m[0]["role"] == "system" or not opening else [{"role": "system", "content": opening}, *m] for m in asked]
+    ids = [trained.template.prompt_ids(m) for m in asked]
+    limit = model_limit(trained.model.config)
+    for number, prompt in enumerate(ids, 1):
+        if len(prompt) >= limit:
+            raise RowError(f"Prompt {number} has {len(prompt)} tokens.", f"The model takes {limit}, the answer counted.", "Shorten it.")
     with trained.autocast():
         answers = answer_all(
-            trained.model, trained.template, [trained.template.prompt_ids(m) for m in asked],
-            Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
+            trained.model, trained.template, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
         )
     lines = [{"prompt": m[-1]["content"], "answer": a} for m, a in zip(asked, answers, strict=True)]
     if output:
