@@ -269,6 +269,26 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_bit_for_bit(how, unint
     assert weights[0] == weights[1]
 
 
+def test_two_processes_train_save_and_go_on_as_one(model_folder, rows_file, tmp_path, weitiao):
+    words = ["train", "--model", model_folder, "--data", rows_file, *FAST, "data.eval_share=0.2", "saving.every=3",
+             "training.nodes_per_pass=60", "evaluation.metric=exact_match"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=127.0.0.1:0", "-m", "weitiao"]
+    for more in ([*words, "--output", "two"], ["train", "two", "--resume"]):
+        done = subprocess.run([*torchrun, *map(str, more)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if more[-1] != "--resume":
+            shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")
+            shutil.rmtree(tmp_path / "two" / "adapter")
+    assert weitiao(*words, "--output", "one")[0] == 0
+    one, two = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two)
+    for ours, theirs in zip(one, two, strict=True):
+        for key, value in ours.items():
+            assert theirs[key] == pytest.approx(value, rel=1e-4), (key, ours["step"])
+
+
 def test_a_run_at_work_refuses_a_second_one(model_folder, rows_file, tmp_path, weitiao):
     process = start(["train", "--model", model_folder, "--data", rows_file, "--output", "run", "training.steps=100000"], tmp_path)
     try:

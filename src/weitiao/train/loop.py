@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from weitiao.config import Settings
 from weitiao.data.dataset import TrainingRow
@@ -204,18 +205,26 @@ class Training:
             self.accelerator.autocast, self.rank, self.world, lambda t: self.accelerator.reduce(t, reduction="sum"),
         )
         if settings.metric != "loss":
-            with self.accelerator.autocast():
-                _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings)
-            line |= {k: v for k, v in scores.as_dict().items() if k in ("exact_match", "field_f1")}
-            if settings.metric not in line:
-                raise RunError(f"evaluation.metric = {settings.metric!r} cannot be measured on these rows.",
-                               "Expected answers that are JSON objects.", "Choose loss or exact_match.")
+            # One process answers, so that all agree on which step is the best.
+            (scores,) = broadcast_object_list([self._answer() if self.is_main else None])
+            line |= scores
         value = -line["eval_loss"] if settings.metric == "loss" else line[settings.metric]
         if not self.best or value > self.best["value"]:
             self.best = {"step": self.step, "metric": settings.metric, "value": value}
         self._record(line)
         self.listener.on_evaluation(line)
         return line
+
+    def _answer(self) -> dict[str, float]:
+        """Scores of generated answers to the rows set aside."""
+        settings = self.settings.evaluation
+        with self.accelerator.autocast():
+            _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings)
+        found = {k: v for k, v in scores.as_dict().items() if k in ("exact_match", "field_f1")}
+        if settings.metric not in found:
+            raise RunError(f"evaluation.metric = {settings.metric!r} cannot be measured on these rows.",
+                           "Expected answers that are JSON objects.", "Choose loss or exact_match.")
+        return found
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.run is None or not self.is_main:
@@ -235,21 +244,25 @@ class Training:
         """A checkpoint of this step, once. A full disk is told and training goes on, unless it `must` be saved."""
         if self.run is None or self.saved_step == self.step or self.step == 0:
             return
-        if self.is_main:
-            self._refuse_unsound_weights()
-            spare = {self.best["step"]} if self.best else set()
-            try:
-                self.run.save_checkpoint(self.step, self._write, self.settings.saving.keep, spare)
-                self.saved_step = self.step
-            except OSError as error:
-                message = f"Step {self.step} could not be saved: {error}."
-                if must:
-                    raise TrainingStopped(
-                        message, f"The last good checkpoint stands in {self.run.checkpoints_folder}.",
-                        f"Make room and go on: weitiao train {self.run.path} --resume.",
-                    ) from error
-                self.listener.on_message(f"{message} Training goes on to the next save.")
-        self.accelerator.wait_for_everyone()
+        self._refuse_unsound_weights()
+        (saved,) = broadcast_object_list([self._save(must) if self.is_main else None])
+        if saved:
+            self.saved_step = self.step
+
+    def _save(self, must: bool) -> bool:
+        spare = {self.best["step"]} if self.best else set()
+        try:
+            self.run.save_checkpoint(self.step, self._write, self.settings.saving.keep, spare)
+        except OSError as error:
+            message = f"Step {self.step} could not be saved: {error}."
+            if must:
+                raise TrainingStopped(
+                    message, f"The last good checkpoint stands in {self.run.checkpoints_folder}.",
+                    f"Make room and go on: weitiao train {self.run.path} --resume.",
+                ) from error
+            self.listener.on_message(f"{message} Training goes on to the next save.")
+            return False
+        return True
 
     def _write(self, folder: Path) -> None:
         self.method.save(self.plain_model, folder / self.method.FOLDER, self.base)

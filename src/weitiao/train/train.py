@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from weitiao import __version__
 from weitiao.config import Settings
@@ -69,13 +70,15 @@ def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
     screen = screen or default_screen()
     job = prepare(settings, screen)
     path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
-    RunFolder.refuse_taken(path)
+    if job.accelerator.is_main_process:
+        RunFolder.refuse_taken(path)
     show_job(job, screen)
-    settings, proof = settle(job, screen)
-    job.settings = settings
+    settled, proof = settle(job, screen)
+    # What depends on this process (the free name, the free memory) is the first one's say for all.
+    path, job.settings = broadcast_object_list([path, settled])
     with claim(job, path) as run:
         if job.accelerator.is_main_process:
-            run.start(settings)
+            run.start(job.settings)
             write_facts(run, job, proof)
         job.accelerator.wait_for_everyone()
         return carry_out(job, run, None, screen)
@@ -84,9 +87,10 @@ def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
 def resume(path: Path, screen: Screen | None = None) -> RunFolder:
     """Go on with a run from its newest whole checkpoint, or from its beginning if it has none."""
     run = RunFolder.open(path)
-    with run.locked():
+    with run.locked() if is_first_process() else contextlib.nullcontext():
         screen = screen or default_screen()
-        run.clear_staging()
+        if is_first_process():
+            run.clear_staging()
         checkpoint = run.newest_whole(lambda text: screen.tell(text, style="yellow"))
         job = prepare(run.settings(), screen)
         refuse_other_rows(run, job)
@@ -245,9 +249,14 @@ def schedule_of(job: Job) -> Schedule:
     return Schedule(len(job.data), training.batch_size, training.seed, training.epochs, training.steps)
 
 
+def is_first_process() -> bool:
+    """The first of those that torchrun started, known before any of them has met another."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def default_screen() -> Screen:
     """Speaks in the first of several processes only."""
-    return Screen(quiet=int(os.environ.get("RANK", "0")) > 0)
+    return Screen(quiet=not is_first_process())
 
 
 def show_job(job: Job, screen: Screen) -> None:
@@ -366,6 +375,7 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     if job.accelerator.is_main_process:
         show_end(run, job, training, line, screen)
     job.accelerator.wait_for_everyone()
+    job.accelerator.end_training()
     return run
 
 
