@@ -47,7 +47,7 @@ def by_weitiao(data: str, precision: str, steps: int) -> dict:
     times, losses = [time.perf_counter()], []
 
     class Watch:
-        def on_step(self, line):
+        def on_step(self, line, seconds):
             times.append(time.perf_counter())
             losses.append(line["loss"])
 

@@ -341,6 +341,100 @@ def test_a_disk_that_stays_full_ends_cleanly_with_the_last_good_checkpoint_stand
     assert weitiao("train", "run", "--resume")[0] == 0
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(weitiao, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "summary.json").unlink()
+    code, out, err = weitiao("train", "run", "--resume")
+    assert code == 0, err
+    assert "from step 0 of" in out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_a_folder_that_appears_while_the_model_loads_is_left_alone(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
+    from weitiao.train import train as module
+
+    settle = module.settle
+
+    def slow(job, screen):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+        return settle(job, screen)
+
+    monkeypatch.setattr(module, "settle", slow)
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "mine", *FAST)
+    assert code == 2 and "mine exists already" in err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written_to(weitiao, model_folder, rows_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "file/run", *FAST)
+    assert code == 2 and "file/run cannot be made" in err
+
+
+def test_a_full_disk_at_the_very_end_is_told_and_can_be_mended(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
+    import errno
+
+    def full(self, checkpoint, name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("weitiao.train.folder.RunFolder.publish", full)
+        code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "run", *FAST)
+    assert code == 2 and "All 8 steps are done, but run cannot be finished" in err and "--resume" in err
+    code, _, err = weitiao("train", "run", "--resume")
+    assert code == 0, err
+    assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_options_are_settings_too_and_a_mistyped_one_is_told_as_a_setting(weitiao, model_folder, rows_file, tmp_path):
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--epochs", 3)
+    assert code == 2 and "There is no setting 'epochs'" in err and "training.epochs" in err
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "r", "--method.rank", 2,
+                           "--training.steps=1")
+    assert code == 0, err
+    assert json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_a_pad_token_outside_the_embedding_does_no_harm(weitiao, model_folder, rows_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    code, _, err = weitiao("train", "--model", "./model", "--data", rows_file, "--output", "r", *FAST, "training.layout=padded",
+                           "data.eval_share=0.2")
+    assert code == 0, err
+    assert weitiao("evaluate", "r")[0] == 0
+
+
+def test_answers_end_where_the_models_positions_end(weitiao, tokenizer, tmp_path):
+    from conftest import tiny_model
+
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    turns = [{"role": r, "content": f"{r} says {i} things"} for i in range(8) for r in ("user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    code, _, err = weitiao("train", "--model", "./gpt2", "--data", "chats.jsonl", "--output", "r", *FAST, "data.eval_share=0.25",
+                           "evaluation.metric=exact_match")
+    assert code == 0, err
+    code, out, err = weitiao("generate", "r", "--prompt", "word " * 20, "--max-new-tokens", 250)
+    assert code == 0, err
+
+
+def test_other_rows_set_aside_than_at_first_are_not_measured(weitiao, model_folder, tmp_path):
+    row = '{"prompt": "a", "completion": "b%d"}\n'
+    (tmp_path / "rows.jsonl").write_text("".join(row % i for i in range(10)))
+    assert weitiao("train", "--model", model_folder, "--data", "rows.jsonl", "--output", "r", *FAST, "data.eval_share=0.2")[0] == 0
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("".join(row % i for i in range(10, 40)))
+    code, _, err = weitiao("evaluate", "r")
+    assert code == 2 and "set aside are no longer the same" in err and "--data rows.jsonl" in err
+
+
 # ------------------------------------------------------------------------------------------------------------ use
 
 

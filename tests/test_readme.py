@@ -48,6 +48,37 @@ def test_every_setting_exists(readme):
     assert settings.method.rank == 8 and settings.learning_rate == 5e-4 and settings.data.eval_share == 0.1
 
 
+def test_the_commands_run_as_they_stand(model_folder, rows_file, tmp_path, monkeypatch, capsys):
+    """Every `weitiao` line of the README, on a tiny model in the place of the ones it names, in the order it gives them."""
+    import io
+    import shutil
+    import sys
+
+    from weitiao.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(rows_file, "rows.jsonl")
+    (tmp_path / "run.yaml").write_text(blocks(READMES[0], "yaml")[0].replace("smollm2-135m", str(model_folder)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    run = f"runs/rows-lora-{model_folder.name}"
+    done = set()
+    yaml_line = next(re.findall(r"for: weitiao (.*)", readme.read_text("utf-8"))[0] for readme in READMES[:1])
+    for words in [*commands(READMES[0]), shlex.split(yaml_line)]:
+        if words[0] == "demo":  # measured by hand: it takes minutes
+            continue
+        words = [{"RUN": run, "Qwen/Qwen2.5-0.5B-Instruct": str(model_folder)}.get(word, word) for word in words]
+        if words[0] == "train" and "--data" in words and "--model" not in words:
+            words += ["--model", str(model_folder), "data.eval_share=0.2"]
+        monkeypatch.setattr(sys, "argv", ["weitiao", *words])
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, (words, capsys.readouterr().err)
+        done.add(words[0])
+    assert done == {"train", "chat", "generate", "evaluate", "merge", "prove"}
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [Path(run).name, Path(run).name + "-2", Path(run).name + "-3"]
+
+
 def test_both_languages_say_the_same_commands():
     english, chinese = (re.sub(r"#.*", "", "".join(blocks(r, "bash"))).split() for r in READMES)
     assert english == chinese

@@ -25,7 +25,6 @@ def test_a_row_that_occurs_twice_is_computed_once_with_twice_the_weight():
     trie = build([example(row, 2, 0), example(row, 2, 1)])
     assert len(trie) == 3
     assert trie.weight.tolist() == [0, 0, 2]
-    assert trie.path_ends == ((0, 2), (1, 2))
 
 
 def test_weights_of_rows_add_up_on_shared_edges():
@@ -33,15 +32,15 @@ def test_weights_of_rows_add_up_on_shared_edges():
     assert dict(zip(trie.token.tolist(), trie.weight.tolist(), strict=True)) == {1: 0, 2: 0.5, 3: 0.5, 4: 3.0}
 
 
-def test_every_row_can_be_read_back_from_its_last_node(branching):
+def test_every_row_is_a_path_of_it(branching):
     trie = build(branching)
-    ends = dict(trie.path_ends)
+    children = {(int(p), int(t)): i for i, (p, t) in enumerate(zip(trie.parent, trie.token, strict=True))}
+    assert len(children) == len(trie)  # no node has two children with the same token
     for row in branching:
-        node, ids = ends[row.row], []
-        while node >= 0:
-            ids.append(int(trie.token[node]))
-            node = int(trie.parent[node])
-        assert ids[::-1] == row.ids.tolist()
+        node = -1
+        for place, token in enumerate(row.ids.tolist()):
+            node = children[node, token]
+            assert trie.depth[node] == place
 
 
 def test_a_node_sees_its_ancestors_and_itself_and_nothing_else(branching):

@@ -4,7 +4,7 @@
                                                                              ├─ loop ── run folder ── chat, evaluate, merge
     smollm2-135m ── source ── load ── methods ── attention ──────────────────┘
 
-Imports go down only:  cli > use > train > data | model > trie, metrics, screen > config, errors.
+Imports go down only:  cli > use > train > model > data > trie, metrics, screen > config > errors.
 """
 
 __version__ = "0.1.0"

@@ -41,7 +41,7 @@ def train(
     from weitiao import config
     from weitiao.errors import SettingError
 
-    words = [*(what or [])]
+    words = join_options(what or [])
     first = words.pop(0) if words and "=" not in words[0] else None
     if resume:
         if first is None or words or model or data or output:
@@ -63,6 +63,17 @@ def train(
     from weitiao.train import train as training
 
     training.train(settings)
+
+
+def join_options(words: list[str]) -> list[str]:
+    """`--method.rank 16` and `--method.rank=16` are method.rank=16; so a mistyped option is told as a setting is."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return [word.removeprefix("--") + ("=" if word.startswith("--") and "=" not in word else "") for word in joined]
 
 
 @app.command()

@@ -86,6 +86,7 @@ class StepLine:
         self.started = self.last_line = time.monotonic()
         self.totals = {"rows": 0, "tokens": 0, "nodes": 0}
         self.done = first_step
+        self.training = 0.0  # seconds spent in steps, without measuring and saving
         self.bar = None
         if screen.live:
             from rich.progress import BarColumn, Progress, TextColumn
@@ -95,8 +96,9 @@ class StepLine:
             self.task = self.bar.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step, text="")
             self.bar.start()
 
-    def on_step(self, line: dict[str, Any]) -> None:
+    def on_step(self, line: dict[str, Any], seconds: float) -> None:
         self.done = line["step"]
+        self.training += seconds
         for key in self.totals:
             self.totals[key] += line[key]
         text = self._text(line)
@@ -122,8 +124,8 @@ class StepLine:
         return time.monotonic() - self.started
 
     def speeds(self) -> dict[str, float]:
-        """rows, tokens and nodes per second since the line was begun."""
-        return {key: value / max(self.seconds, 1e-9) for key, value in self.totals.items()}
+        """rows, tokens and nodes per second of training, measuring and saving left out."""
+        return {key: value / max(self.training, 1e-9) for key, value in self.totals.items()}
 
     def _text(self, line: dict[str, Any]) -> str:
         speeds = self.speeds()

@@ -20,7 +20,7 @@ A target belongs to an edge: parent[i] predicts token[i] with weight[i].  loss =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -68,8 +68,6 @@ class Trie:
     depth: np.ndarray
     subtree_end: np.ndarray
     weight: np.ndarray
-    path_ends: tuple[tuple[int, int], ...] = field(default=())
-    """(row, last node) of every Example laid into it."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -115,7 +113,6 @@ def build(examples: Sequence[Example]) -> Trie:
     nodes = 0
     path = np.zeros(0, np.int64)  # the flat index of each token of the row before
     previous = np.zeros(0, np.int32)
-    path_ends = []
     for row in rows:
         shared = common_prefix(previous, row.ids)
         subtree_end[path[shared:]] = nodes  # nothing more comes below what this row leaves
@@ -128,10 +125,6 @@ def build(examples: Sequence[Example]) -> Trie:
             parent[new.start] = path[shared - 1] if shared else -1
         path = np.concatenate([path[:shared], indices])
         weight[path] += row.weights
-        path_ends.append((row.row, int(path[-1])))
         previous, nodes = row.ids, new.stop
     subtree_end[path] = nodes
-    return Trie(
-        token[:nodes], parent[:nodes], depth[:nodes], subtree_end[:nodes],
-        weight[:nodes].astype(np.float32), tuple(path_ends),
-    )
+    return Trie(token[:nodes], parent[:nodes], depth[:nodes], subtree_end[:nodes], weight[:nodes].astype(np.float32))

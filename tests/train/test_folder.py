@@ -55,6 +55,17 @@ def test_a_torn_newest_checkpoint_is_told_and_the_one_before_it_used(run, harm, 
     assert len(told) == 1 and "Checkpoint 2 is torn" in told[0] and defect in told[0]
 
 
+def test_what_was_just_saved_outlives_torn_ones_of_later_steps(run):
+    for step in (5, 10, 15):
+        run.save_checkpoint(step, writer(), 2, set())
+    for step in (10, 15):
+        (run.checkpoints_folder / str(step) / "manifest.json").unlink()
+    run.save_checkpoint(6, writer(), 2, set())
+    assert run.newest_whole(lambda text: None).step == 6
+    run.forget_after(6)
+    assert [c.step for c in run.checkpoints()][-1] == 6
+
+
 def test_a_full_disk_while_saving_leaves_the_older_checkpoint_and_nothing_half_written(run):
     run.save_checkpoint(1, writer(), 2, set())
 

@@ -26,7 +26,7 @@ class Recorder:
     def __init__(self):
         self.lines, self.evaluations, self.messages = [], [], []
 
-    def on_step(self, line):
+    def on_step(self, line, seconds):
         self.lines.append(line)
 
     def on_evaluation(self, line):
@@ -265,30 +265,67 @@ def test_optimizers_of_transformers(tokenizer, name):
     assert [line["learning_rate"] for line in made.listener.lines][:3] == pytest.approx([0, 5e-4, 1e-3])
 
 
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy", "constant_with_warmup", "polynomial", "cosine_with_restarts"])
+def test_schedulers_of_transformers(tokenizer, name):
+    options = {"patience": 0} if name == "reduce_lr_on_plateau" else {}
+    made = training(tokenizer, make_rows(), scheduler=name, scheduler_options=options, warmup=2)
+    made.fit()
+    assert all(math.isfinite(line["loss"]) and line["learning_rate"] >= 0 for line in made.listener.lines)
+
+
+def test_a_run_of_one_step_learns_in_it(tokenizer):
+    made = training(tokenizer, make_rows(6), epochs=1)
+    before = [p.detach().clone() for p in made.parameters]
+    made.fit()
+    assert made.step == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, made.parameters, strict=True))
+
+
+def test_a_routers_loss_is_kept_on_padded_rows():
+    import transformers as T
+
+    from weitiao.data.batch import padded_batch
+    from weitiao.model.load import trie_obstacle
+    from weitiao.train.loss import summed_loss
+
+    torch.manual_seed(0)
+    config = T.MixtralConfig(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=1.0)
+    model = T.AutoModelForCausalLM.from_config(config)
+    assert "router loss" in trie_obstacle(model)
+    row = make_rows(1)[0].examples[0]
+    ids = torch.from_numpy(row.ids.astype("int64"))[None]
+    labels = torch.where(torch.from_numpy(row.weights)[None] > 0, ids, -100)
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    ours = summed_loss(model, padded_batch([row], 0)) / row.weights.sum()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from conftest import tokenizer
 from test_loop import make_rows, training, losses
-made = training(tokenizer.__wrapped__(), make_rows(), budget=30, eval_rows=make_rows(5, seed=9), method=sys.argv[2])
+made = training(tokenizer.__wrapped__(), make_rows(), budget=int(sys.argv[3]), eval_rows=make_rows(5, seed=9), method=sys.argv[2])
 made.fit()
 if made.is_main:
     print(json.dumps({"world": made.world, "losses": losses(made), "eval": [e["eval_loss"] for e in made.listener.evaluations]}))
+made.accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes_give_the_losses_of_one(tokenizer, tmp_path, method):
+@pytest.mark.parametrize(("method", "budget"), [("lora", 30), ("full", 4096)])  # 4096: one pass, and one process without any
+def test_two_processes_give_the_losses_of_one(tokenizer, tmp_path, method, budget):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     here = str(Path(__file__).parent)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=127.0.0.1:0", str(script), here, method]
+               "--rdzv-endpoint=127.0.0.1:0", str(script), here, method, str(budget)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    one = training(tokenizer, make_rows(), budget=30, eval_rows=make_rows(5, seed=9), method=method)
+    one = training(tokenizer, make_rows(), budget=budget, eval_rows=make_rows(5, seed=9), method=method)
     one.fit()
     assert two["world"] == 2
     assert two["losses"] == pytest.approx(losses(one), rel=1e-5)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import example, tiny_model
 
 from weitiao.config import LoraSettings
+from weitiao.data.batch import trie_batch
 from weitiao.model.methods import lora
 from weitiao.train.loss import learn_on_tries
-from weitiao.train.proof import prove
+from weitiao.train.proof import leak, prove
+from weitiao.trie import build
 
 
 def taught(name="llama", **more):
@@ -114,3 +119,51 @@ def test_an_attention_that_a_trie_cannot_have_is_named(branching):
     model.model.layers[0].self_attn.forward = lambda *a, **k: original(*a, softcap=3.0, **k)
     proof = prove(model, branching, torch.float32)
     assert not proof.passed and "softcap" in proof.reason
+
+
+def test_doubled_weights_are_caught(branching, monkeypatch):
+    from weitiao.train import proof as module
+
+    def doubled(trie, device="cpu"):
+        batch = trie_batch(trie, device)
+        return batch | {"trie": replace(batch["trie"], weights=2 * batch["trie"].weights)}
+
+    monkeypatch.setattr(module, "trie_batch", doubled)
+    proof = prove(taught(), branching, torch.float32)
+    assert not proof.passed and proof.grad_rel_max > 0.5
+
+
+def test_an_attention_that_sees_a_branch_further_back_is_caught_by_the_leak_alone(branching, monkeypatch):
+    from weitiao.model import attention
+
+    def leaky(query, key, value, plan, scale, window=None, dropout=0.0):
+        nodes = torch.arange(query.shape[2])
+        mask = (nodes[None] <= nodes[:, None]) & (nodes[:, None] < plan.subtree_end[None])
+        leaves = [s for s in plan.segments if s.below == s.end]
+        mask[leaves[-1].start : leaves[-1].end, leaves[-3].start] = True
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    monkeypatch.setattr(attention, "_has_flash_kernel", lambda q, v: False)
+    monkeypatch.setattr(attention, "by_paths", leaky)
+    model = taught()
+    few = build(sorted(branching, key=len)[:4])
+    assert leak(model, few) > 1e-4
+
+
+def test_a_window_that_only_long_rows_feel_is_tested_on_one(branching, monkeypatch):
+    from weitiao.model import attention
+
+    real = attention.by_paths
+    monkeypatch.setattr(attention, "by_paths", lambda q, k, v, plan, scale, window=None, dropout=0.0:
+                        real(q, k, v, plan, scale, window + 1 if window else window, dropout))
+    rng = np.random.default_rng(3)
+    long = [example(rng.integers(4, 60, 60), 50, 20 + i) for i in range(3)]
+    assert max(len(row) for row in branching) < 40
+    proof = prove(taught("mistral", sliding_window=40), [*branching, *branching, *long], torch.float32)
+    assert not proof.passed
+
+
+def test_weights_in_bf16_are_held_to_what_bf16_can_do(branching):
+    model = tiny_model().to(torch.bfloat16)
+    learn_on_tries(model)
+    assert prove(model, branching, torch.float32).passed

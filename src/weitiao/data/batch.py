@@ -22,12 +22,14 @@ class Plan:
 
     segments: the unbranching runs, for attention.
     subtree_end: int64 [T], depth: int64 [T] (sees(q, k) = k <= q < subtree_end[k]).
+    longest: tokens of its longest row, 1 + the largest depth.
     predictors: int64 [E], the node that predicts each learned edge; targets: int64 [E]; weights: float32 [E].
     """
 
     segments: list[Segment]
     subtree_end: torch.Tensor
     depth: torch.Tensor
+    longest: int
     predictors: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
@@ -44,6 +46,7 @@ def trie_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]
         segments=trie.segments(),
         subtree_end=_tensor(trie.subtree_end, device),
         depth=_tensor(trie.depth, device),
+        longest=int(trie.depth.max()) + 1,
         predictors=_tensor(trie.parent[edges], device),
         targets=_tensor(trie.token[edges], device),
         weights=_tensor(trie.weight[edges], device),

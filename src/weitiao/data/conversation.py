@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -31,6 +31,13 @@ class Conversation:
             i for i, message in enumerate(self.messages)
             if message.role == "assistant" and message.weight > 0 and any(m.role != "system" for m in self.messages[:i])
         ]
+
+    def opened_by(self, system: str) -> Conversation:
+        return replace(self, messages=(Message("system", system), *self.messages))
+
+    def first_turns(self, count: int) -> Conversation:
+        """The conversation up to its count-th learned turn."""
+        return replace(self, messages=self.messages[: self.turns()[count - 1] + 1])
 
     def as_dicts(self, stop: int | None = None) -> list[dict[str, str]]:
         """The first `stop` messages as chat templates take them."""

@@ -115,15 +115,19 @@ def load(
     for (row, conversation, turns), length in zip(encoded, longest, strict=True):
         fitting = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
         paths = tuple(path for path in fitting if path.weights.any())
+        if fitting and not paths:
+            continue  # its weight is 0, which is a wish and no defect
         if not paths:
             prompt = len(turns[0].prompt)
-            skipped.append(Skipped(row.where, "its weight is 0" if fitting else
-                                   f"its answer is cut away: the prompt alone has {prompt} of {limit} tokens"))
+            skipped.append(Skipped(row.where, f"its answer is cut away: the prompt alone has {prompt} of {limit} tokens"))
             continue
         _refuse_outside(paths, vocabulary, row.where)
-        kept.append(TrainingRow(row.where, conversation, paths))
+        kept.append(TrainingRow(row.where, conversation.first_turns(len(fitting)), paths))
         cut += length > limit
     _refuse_if_too_many(skipped, len(mixed), settings)
+    if not kept:
+        raise RowError(f"Nothing can be learned from any of the {len(mixed)} rows: each has a weight of 0.",
+                       f"Expected weights above 0 in the column {settings.weight_column!r}.")
     return Dataset(kept, skipped, limit, cut)
 
 

@@ -151,6 +151,25 @@ def convert(row: Row, format: str, settings: DataSettings) -> Conversation:
     return conversation
 
 
+def with_answer(fields: Mapping[str, Any], settings: DataSettings) -> dict[str, Any]:
+    """A row to be answered, with a stand-in where its answer is missing, so that `convert` reads it as in training."""
+    filled = dict(fields)
+    for key in ("messages", "conversations"):
+        turns = filled.get(key)
+        if isinstance(turns, (list, tuple)) and turns and isinstance(turns[-1], Mapping):
+            speaker = str(turns[-1].get("role", turns[-1].get("from"))).lower()
+            if ROLES.get(speaker) != "assistant":
+                filled[key] = [*turns, {"role": "assistant", "content": "?"}]
+            return filled
+    pairs = (("instruction", "output"), *COMPLETION_PAIRS, ("text", "label"))
+    question = next((q for q, _ in pairs if q in filled), None)
+    answers = [a for q, a in pairs if q == question]
+    if answers and not any(filled.get(a) not in (None, "") for a in answers):
+        stand_in = next(iter(settings.labels), "?") if question == "text" else "?"
+        filled[next((a for a in answers if a in filled), answers[0])] = stand_in
+    return filled
+
+
 def row_weight(row: Row, settings: DataSettings) -> float:
     """How much a row counts in the loss.
 

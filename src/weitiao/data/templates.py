@@ -63,6 +63,11 @@ class Template:
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     @property
+    def pad_id(self) -> int:
+        """What fills padded rows, under a mask: a pad token of the tokenizer's may lie outside the embedding."""
+        return self.stop_id
+
+    @property
     def stop_ids(self) -> list[int]:
         """Where generation stops: the learned stop token, and the tokenizer's EOS where that is another."""
         return list(dict.fromkeys(i for i in (self.stop_id, self.tokenizer.eos_token_id) if i is not None))

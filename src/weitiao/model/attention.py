@@ -75,7 +75,7 @@ def trie_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window wider than the longest row hides nothing.
-    window = sliding_window if sliding_window and sliding_window <= int(trie.depth.max()) else None
+    window = sliding_window if sliding_window and sliding_window < trie.longest else None
     if window is None and dropout == 0.0 and _has_flash_kernel(query, value):
         out = ByKeys.apply(query, key, value, trie.segments, scale)
     else:
@@ -177,10 +177,7 @@ def by_paths(
             mask &= places_q - places_k < window
         keys = above[first_key:]
         outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, segment.start : segment.end], key[:, :, keys], value[:, :, keys],
-                attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=True,
-            )
+            _sdpa(query[:, :, segment.start : segment.end], key[:, :, keys], value[:, :, keys], mask, scale, dropout)
         )
     return torch.cat(outputs, dim=2)
 
@@ -193,4 +190,14 @@ def dense(
     mask = (nodes[None, :] <= nodes[:, None]) & (nodes[:, None] < plan.subtree_end[None, :])
     if window:
         mask &= plan.depth[:, None] - plan.depth[None, :] < window
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return _sdpa(query, key, value, mask, scale)
+
+
+def _sdpa(query, key, value, mask: torch.Tensor, scale: float, dropout: float = 0.0) -> torch.Tensor:
+    """Masked sdpa with fewer key heads than query heads. CUDA's fast kernels take a mask or grouped heads, not both."""
+    if query.is_cuda:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=not query.is_cuda,
+    )

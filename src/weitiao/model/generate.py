@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from weitiao.data.templates import Template
+from weitiao.model.load import model_limit
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,18 @@ def stream(
 def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, **more) -> list[list[int]]:
     """New ids for each prompt, cut at the stop. Prompts are padded to the left, under a mask."""
     width = max(len(p) for p in prompts)
-    pad = template.tokenizer.pad_token_id if template.tokenizer.pad_token_id is not None else template.stop_id
-    ids = torch.full((len(prompts), width), pad)
+    room = model_limit(model.config) - width  # past its last position a model fails, or babbles
+    if room < 1:
+        return [[] for _ in prompts]
+    ids = torch.full((len(prompts), width), template.pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
     out = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=sampling.max_new_tokens, use_cache=True,
-        eos_token_id=template.stop_ids, pad_token_id=pad, **sampling.arguments(), **more,
+        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(sampling.max_new_tokens, room),
+        use_cache=True, eos_token_id=template.stop_ids, pad_token_id=template.pad_id, **sampling.arguments(), **more,
     )
     return [_until_stop(row, template.stop_ids) for row in out[:, width:].tolist()]
 

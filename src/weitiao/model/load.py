@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 UNLIMITED = 1 << 20  # some tokenizers and configs say 1e30 where they mean "no limit"
 TRIE_LAYERS = {"full_attention", "sliding_attention"}
+ROPES_BY_LENGTH = {"dynamic", "longrope"}  # positions turn by an angle that depends on the longest row beside them
 
 
 def load_tokenizer(folder: Path, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -74,6 +75,10 @@ def trie_obstacle(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return f"{config.model_type} does not take its attention from outside"
+    if config._attn_implementation not in ("sdpa", attention.NAME):
+        return f"its attention is {config._attn_implementation}, not sdpa"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ROPES_BY_LENGTH:
+        return f"its rope is {config.rope_parameters['rope_type']}, which depends on the batch's length"
     strange = set(getattr(config, "layer_types", None) or []) - TRIE_LAYERS
     if strange:
         return f"it has layers of the kind {', '.join(sorted(strange))}"

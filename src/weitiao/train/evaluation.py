@@ -96,11 +96,11 @@ def answer_and_score(
     model, template: Template, asked: Sequence[Question], settings: EvaluationSettings, progress: Progress = no_progress,
 ) -> tuple[list[dict[str, str]], Scores]:
     """Greedy answers to some questions, as samples ({where, prompt, reference, answer}), and what they score."""
+    labels = {q.reference for q in asked}
     asked = list(asked[: settings.rows])
     prompts = [template.prompt_ids(q.messages, q.tools) for q in asked]
     limit = settings.max_new_tokens or longest_answer(template, asked)
     answers = answer_all(model, template, prompts, Sampling(limit), settings.batch_size, progress)
-    labels = {q.reference for q in asked}
     answers = [label_of(a, labels) if q.bare_label else a for a, q in zip(answers, asked, strict=True)]
     samples = [
         {"where": q.where, "prompt": q.messages[-1]["content"], "reference": q.reference, "answer": a}

@@ -60,8 +60,7 @@ class RunFolder:
             raise RunError(f"{path} exists already.", "Expected a new folder; a run never writes over another.", advice)
 
     def start(self, settings: Settings) -> None:
-        """The first file of a new run, under its lock."""
-        self.refuse_taken(self.path)
+        """The last of a new run's first files: with it, the folder is a run."""
         self.write_text("config.yaml", config.to_yaml(settings))
 
     @staticmethod
@@ -76,7 +75,11 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One training at a time; the lock falls with the process that holds it, however it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {error}.", "Expected a place to write to.",
+                           "Choose another: --output NAME.") from None
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             with lock:
@@ -159,9 +162,15 @@ class RunFolder:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         for old in self.checkpoints()[:-keep]:
-            if old.step not in spare:
+            if old.step not in spare | {step}:
                 shutil.rmtree(old.path, ignore_errors=True)
         return Checkpoint(final, step)
+
+    def forget_after(self, step: int) -> None:
+        """Remove checkpoints of later steps: they are torn, or a run would not go on from this one."""
+        for checkpoint in self.checkpoints():
+            if checkpoint.step > step:
+                shutil.rmtree(checkpoint.path, ignore_errors=True)
 
     def clear_staging(self) -> None:
         """What a killed run left half-written."""
@@ -251,7 +260,11 @@ def _as_oserror(write: Callable[[Path], None], folder: Path) -> None:
 
     try:
         write(folder)
-    except (SafetensorError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
         raise OSError(str(error).splitlines()[0]) from error
 
 

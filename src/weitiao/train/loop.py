@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from weitiao.errors import RunError, TrainingStopped
 from weitiao.train.evaluation import answer_and_score, make_passes, mean_loss, questions
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
-from weitiao.train.optimizer import make_optimizer, make_scheduler
+from weitiao.train.optimizer import make_optimizer, make_scheduler, step_scheduler
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Schedule:
 class Listener(Protocol):
     """Who watches a run: the screen, or a test."""
 
-    def on_step(self, line: dict[str, Any]) -> None: ...
+    def on_step(self, line: dict[str, Any], seconds: float) -> None: ...
     def on_evaluation(self, line: dict[str, Any]) -> None: ...
     def on_message(self, text: str) -> None: ...
 
@@ -107,8 +108,6 @@ class Training:
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        pad = self.template.tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None else self.template.stop_id
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -120,18 +119,23 @@ class Training:
                 self.save()
                 return False
             if self.schedule.due(self.settings.evaluation.every, step) and self.eval_rows:
-                self.evaluate()
+                try:
+                    self.evaluate()
+                except Exception:
+                    self.save()  # what cannot be measured is learned all the same
+                    raise
             if self.schedule.due(self.settings.saving.every, step) or self.best.get("step") == step:
                 self.save()
         return True
 
     def _take(self, step: int) -> bool:
         """One optimizer step. False, with nothing changed, if a stop was asked for in its middle."""
+        began = time.perf_counter()
         indices = self.schedule.rows_of(step)
         examples = [e for i in indices for e in self.rows[i].examples]
         weight = float(sum(float(e.weights.sum(dtype=np.float64)) for e in examples))
         torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
-        passes = make_passes(examples, self.layout, self.budget, self.pad_id, self.accelerator.device)
+        passes = make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device)
         mine, idle = deal(passes, self.rank, self.world)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, batch in enumerate(mine):
@@ -159,7 +163,7 @@ class Training:
             )
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
-        self.scheduler.step()
+        step_scheduler(self.scheduler, loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step
         line = {
@@ -169,7 +173,7 @@ class Training:
             "learned": sum(int((e.weights > 0).sum()) for e in examples),
         }
         self._record(line)
-        self.listener.on_step(line)
+        self.listener.on_step(line, time.perf_counter() - began)
         return True
 
     def _should_stop(self) -> bool:
@@ -182,7 +186,7 @@ class Training:
     def _stop_at_row(self, step: int, indices: Sequence[int], loss: float) -> None:
         """A loss that is not finite: find the row and stop. Every process looks, so that none waits for another."""
         for i in indices:
-            for batch in make_passes(self.rows[i].examples, self.layout, self.budget, self.pad_id, self.accelerator.device):
+            for batch in make_passes(self.rows[i].examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device):
                 with torch.no_grad(), self.accelerator.autocast():
                     row_loss = float(summed_loss(self.plain_model, batch))
                 if not math.isfinite(row_loss):
@@ -201,7 +205,8 @@ class Training:
         settings = self.settings.evaluation
         line: dict[str, Any] = {"step": self.step, "epoch": round(self.schedule.epoch(self.step), 6)}
         line["eval_loss"] = mean_loss(
-            self.model, self.eval_rows, self.layout, self.budget, self.pad_id, self.accelerator.device,
+            # Not through DDP: its forward would wait for processes that have no pass to measure.
+            self.plain_model, self.eval_rows, self.layout, self.budget, self.template.pad_id, self.accelerator.device,
             self.accelerator.autocast, self.rank, self.world, lambda t: self.accelerator.reduce(t, reduction="sum"),
         )
         if settings.metric != "loss":

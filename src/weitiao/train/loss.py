@@ -119,7 +119,16 @@ def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     if "trie" in batch:
         return model(**batch)
     inputs = {k: v for k, v in batch.items() if k not in ("targets", "weights")}
-    return padded_loss(model(**inputs, use_cache=False).logits, batch["targets"], batch["weights"])
+    out = model(**inputs, use_cache=False)
+    loss = padded_loss(out.logits, batch["targets"], batch["weights"])
+    if getattr(out, "aux_loss", None) is not None:  # a router's, where the config asks for it
+        loss = loss + router_coefficient(model) * out.aux_loss * batch["weights"].sum()
+    return loss
+
+
+def router_coefficient(model: nn.Module) -> float:
+    inner = getattr(model, "module", model)  # inside DDP
+    return inner.config.get_text_config().router_aux_loss_coef
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:

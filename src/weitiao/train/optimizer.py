@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,10 @@ import torch
 
 from weitiao.config import TrainingSettings
 from weitiao.errors import SettingError, nearest
+
+
+# Optimizers of transformers that want the backward pass or the evaluation done their way; our loop does neither.
+LOOPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")
 
 
 def refuse_unknown(settings: TrainingSettings) -> None:
@@ -23,7 +26,7 @@ def refuse_unknown(settings: TrainingSettings) -> None:
     from transformers.training_args import OptimizerNames
 
     for name, known in (("optimizer", OptimizerNames), ("scheduler", SchedulerType)):
-        names, asked = [kind.value for kind in known], getattr(settings, name)
+        names, asked = [kind.value for kind in known if not kind.value.startswith(LOOPS_OF_THEIR_OWN)], getattr(settings, name)
         if asked not in names:
             raise SettingError(f"training.{name} = {asked!r} is unknown. {nearest(asked, names)}".rstrip(),
                                f"Expected one of {', '.join(names)}.")
@@ -82,5 +85,13 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings,
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """A share below 1, a number of steps from 1 on."""
-    return math.ceil(warmup * steps) if warmup < 1 else min(round(warmup), steps)
+    """A share below 1, rounded down so that a run of a few steps learns in all of them; a number of steps from 1 on."""
+    return int(warmup * steps) if warmup < 1 else min(round(warmup), steps)
+
+
+def step_scheduler(scheduler: Any, loss: float) -> None:
+    """On to the next learning rate; those that follow a measure are given the step's loss."""
+    if type(scheduler).__name__ in ("ReduceLROnPlateau", "GreedyLR"):
+        scheduler.step(loss)
+    else:
+        scheduler.step()

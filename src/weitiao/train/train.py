@@ -21,11 +21,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from weitiao import __version__
-from weitiao.config import Settings
+from weitiao.config import DataSettings, Settings, Source
 from weitiao.data.dataset import Dataset, load, skipped_summary
 from weitiao.data.packing import trie_passes
 from weitiao.data.templates import Template, load_template
-from weitiao.errors import Interrupted, RunError, SettingError, SourceError
+from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
 from weitiao.model.source import resolve
@@ -78,8 +78,8 @@ def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
     path, job.settings = broadcast_object_list([path, settled])
     with claim(job, path) as run:
         if job.accelerator.is_main_process:
-            run.start(job.settings)
             write_facts(run, job, proof)
+            run.start(job.settings)
         job.accelerator.wait_for_everyone()
         return carry_out(job, run, None, screen)
 
@@ -95,13 +95,14 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
         job = prepare(run.settings(), screen)
         refuse_other_rows(run, job)
         schedule = schedule_of(job)
-        if checkpoint and checkpoint.step >= schedule.steps and (run.path / job.method.FOLDER).is_dir():
+        if checkpoint and checkpoint.step >= schedule.steps and (run.path / "summary.json").is_file():
             screen.tell(f"{path} is finished: {schedule.steps} of {schedule.steps} steps are done.")
             return run
         step = checkpoint.step if checkpoint else 0
         screen.tell(f"Going on with {path} from step {step} of {schedule.steps}.")
         if job.accelerator.is_main_process:
             run.cut_metrics(step)
+            run.forget_after(step)
         job.accelerator.wait_for_everyone()
         return carry_out(job, run, checkpoint, screen)
 
@@ -153,7 +154,9 @@ def read_rows(settings: Settings, template: Template, model_config: Any, screen:
              settings.training.seed)
     data = load(settings.data.train, *facts, progress=screen.progress)
     if settings.data.eval:
-        return data, load(settings.data.eval, *facts, max_tokens=data.max_tokens, progress=screen.progress)
+        # Its rows count alike: a weight column is the training rows' own.
+        measured = settings.data.model_copy(update={"weight_column": None})
+        return data, load(settings.data.eval, measured, *facts[1:], max_tokens=data.max_tokens, progress=screen.progress)
     if settings.data.eval_share and len(data) > 1:
         return data.split(settings.data.eval_share, settings.training.seed)
     return data, Dataset([])
@@ -175,21 +178,27 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
         layout, proof = prove_layout(job, screen)
     per_node = memory.bytes_per_node(job.model, job.compute, checkpointing, layout)
     budget = training.nodes_per_pass or memory.nodes_that_fit(per_node, job.accelerator)
-    absolute = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.train]
-    absolute_eval = [s.model_copy(update={"path": _absolute(s.path)}) for s in job.settings.data.eval]
-    template = job.settings.data.template
     filled = job.settings.model_copy(update={
         "model": job.settings.model.model_copy(update={"name": _absolute(job.settings.model.name)}),
-        "data": job.settings.data.model_copy(update={
-            "train": absolute, "eval": absolute_eval, "max_tokens": job.data.max_tokens,
-            "template": _absolute(template) if template.endswith(".jinja") else template,
-        }),
+        "data": found_from_anywhere(job.settings.data, job.data.max_tokens),
         "training": training.model_copy(update={
-            "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing, "learning_rate": job.settings.learning_rate,
+            "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing,
+            "learning_rate": job.settings.learning_rate,
             "precision": "bf16" if job.compute is torch.bfloat16 else "fp32",
         }),
     })
     return filled, proof
+
+
+def found_from_anywhere(data: DataSettings, max_tokens: int) -> DataSettings:
+    """The same rows and template by absolute paths, and the longest row in force."""
+    def absolute(sources: list[Source]) -> list[Source]:
+        return [source.model_copy(update={"path": _absolute(source.path)}) for source in sources]
+
+    template = _absolute(data.template) if data.template.endswith(".jinja") else data.template
+    return data.model_copy(update={
+        "train": absolute(data.train), "eval": absolute(data.eval), "max_tokens": max_tokens, "template": template,
+    })
 
 
 def settle_checkpointing(job: Job, screen: Screen) -> bool:
@@ -302,14 +311,16 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
         yield run
         return
     with run.locked():
+        RunFolder.refuse_taken(path)  # again, now that nobody else can take it
         try:
             yield run
-        finally:
-            if not run.checkpoints() and not run.read_metrics() and sys.exc_info()[0] is not None:
+        except BaseException:
+            if not run.checkpoints() and not run.read_metrics():
                 shutil.rmtree(path, ignore_errors=True)
                 if path.parent == Path("runs"):
                     with contextlib.suppress(OSError):  # if it is empty now
                         path.parent.rmdir()
+            raise
 
 
 def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
@@ -323,8 +334,7 @@ def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
         "eval_fingerprint": job.eval_data.fingerprint(),
         "skipped": [{"where": s.where, "reason": s.reason} for s in job.data.skipped],
     })
-    if proof:
-        run.write_json("proof.json", proof.as_dict())
+    run.write_json("proof.json", proof.as_dict() if proof else {"passed": None, "reason": job.obstacle or "training.layout=padded"})
 
 
 def environment(job: Job) -> dict[str, Any]:
@@ -364,12 +374,16 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
             if checkpoint:
                 training.restore(checkpoint)
             if not training.fit():
-                where = f"after step {training.step} of {steps}. Go on: weitiao train {run.path} --resume" \
-                    if training.step else "before the first step was done; nothing is kept."
-                raise Interrupted(f"Stopped {where}", signals[0] if signals else signal.SIGINT)
+                raise Interrupted(how_it_stopped(run, training), signals[0] if signals else signal.SIGINT)
             training.save(must=True)
             if job.accelerator.is_main_process:
-                finish(run, job, training, line)
+                try:
+                    finish(run, job, training, line)
+                except OSError as error:
+                    raise TrainingStopped(
+                        f"All {steps} steps are done, but {run.path} cannot be finished: {error}.",
+                        f"What was learned stands in {run.checkpoints_folder}.", f"Make room: weitiao train {run.path} --resume.",
+                    ) from error
     finally:
         line.close()
     if job.accelerator.is_main_process:
@@ -377,6 +391,13 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
     return run
+
+
+def how_it_stopped(run: RunFolder, training: Training) -> str:
+    if not training.step:
+        return "Stopped before the first step was done; nothing is kept."
+    kept = "" if training.saved_step == training.step else ", which could not be saved; the checkpoint before it stands"
+    return f"Stopped after step {training.step} of {training.schedule.steps}{kept}. Go on: weitiao train {run.path} --resume"
 
 
 def finish(run: RunFolder, job: Job, training: Training, line: StepLine) -> None:

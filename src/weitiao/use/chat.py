@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from weitiao.data import rows as reading
-from weitiao.data.formats import CannotTeach, convert, detect
+from weitiao.data.conversation import Conversation, Message
+from weitiao.data.formats import CannotTeach, convert, detect, rename, with_answer
 from weitiao.errors import RowError, SettingError, SourceError
 from weitiao.model.generate import Sampling, answer_all, stream
 from weitiao.model.load import model_limit
@@ -72,13 +74,13 @@ def generate(
         raise SettingError("There is nothing to answer.", "Expected --prompt TEXT or --file FILE.")
     quiet_libraries()
     screen = Screen()
-    asked = [[{"role": "user", "content": p}] for p in prompts]
     trained = open_trained(run, screen)
+    asked = [Conversation((Message("user", p),)) for p in prompts]
     if file:
         asked += read_prompts(file, trained)
     opening = system or trained.settings.data.system
-    asked = [m if m[0]["role"] == "system" or not opening else [{"role": "system", "content": opening}, *m] for m in asked]
-    ids = [trained.template.prompt_ids(m) for m in asked]
+    asked = [c if c.messages[0].role == "system" or not opening else c.opened_by(opening) for c in asked]
+    ids = [trained.template.prompt_ids(c.as_dicts(), c.tools) for c in asked]
     limit = model_limit(trained.model.config)
     for number, prompt in enumerate(ids, 1):
         if len(prompt) >= limit:
@@ -87,7 +89,7 @@ def generate(
         answers = answer_all(
             trained.model, trained.template, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
         )
-    lines = [{"prompt": m[-1]["content"], "answer": a} for m, a in zip(asked, answers, strict=True)]
+    lines = [{"prompt": c.messages[-1].content, "answer": a} for c, a in zip(asked, answers, strict=True)]
     if output:
         write_text(Path(output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         screen.tell(f"{len(lines)} answers are in {output}.")
@@ -98,7 +100,7 @@ def generate(
             print(json.dumps(line, ensure_ascii=False))
 
 
-def read_prompts(file: str, trained: Trained) -> list[Messages]:
+def read_prompts(file: str, trained: Trained) -> list[Conversation]:
     """A line a prompt from .txt; otherwise rows as in training, with or without their answers."""
     if file.endswith(".txt"):
         if not Path(file).is_file():
@@ -106,28 +108,18 @@ def read_prompts(file: str, trained: Trained) -> list[Messages]:
         lines = [line for line in Path(file).read_text("utf-8-sig").splitlines() if line.strip()]
         if not lines:
             raise RowError(f"{file} holds no prompts.", "Expected one a line.")
-        return [[{"role": "user", "content": line}] for line in lines]
-    found = list(reading.read_rows(file))
-    return [_messages(row, trained) for row in found]
-
-
-def _messages(row: reading.Row, trained: Trained) -> Messages:
-    """The messages of a row up to its last answer, which it need not have."""
+        return [Conversation((Message("user", line),)) for line in lines]
     settings = trained.settings.data
-    fields = dict(row.fields)
-    if set(fields) == {"prompt"} or (isinstance(fields.get("prompt"), str) and not set(fields) & {"completion", "response"}):
-        return [{"role": "user", "content": fields["prompt"]}]
-    chat_key = next((k for k in ("messages", "conversations") if isinstance(fields.get(k), list)), None)
-    if chat_key and fields[chat_key]:
-        last = fields[chat_key][-1]
-        if isinstance(last, dict) and str(last.get("role", last.get("from"))).lower() in ("user", "human"):
-            fields[chat_key] = [*fields[chat_key], {"role": "assistant", "content": "?"}]
-    for answer in ("output", "completion", "response", "answer"):
-        if answer in fields or (answer == "output" and ("instruction" in fields or "input" in fields)):
-            fields[answer] = fields.get(answer) or "?"
-    filled = reading.Row(fields, row.file, row.line)
-    try:
-        conversation = convert(filled, detect([filled], settings), settings)
-    except CannotTeach as reason:
-        raise RowError(f"{row.where} holds no prompt: {reason}.") from None
-    return conversation.as_dicts(conversation.turns()[-1])
+    found = [reading.Row(with_answer(rename(row.fields, settings.columns), settings), row.file, row.line)
+             for row in reading.read_rows(file)]
+    # The columns bear our names by now.
+    settings = settings.model_copy(update={"columns": {}})
+    format = detect(found, settings)
+    asked = []
+    for row in found:
+        try:
+            conversation = convert(row, format, settings)
+        except CannotTeach as reason:
+            raise RowError(f"{row.where} holds no prompt: {reason}.") from None
+        asked.append(replace(conversation, messages=conversation.messages[: conversation.turns()[-1]]))
+    return asked

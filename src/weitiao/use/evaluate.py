@@ -42,16 +42,29 @@ def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Datas
     limits = loading.model_limit(trained.model.config), trained.model.config.get_text_config().vocab_size
     common = dict(settings=settings.data, template=trained.template, model_limit=limits[0], vocabulary=limits[1],
                   seed=settings.training.seed, max_tokens=settings.data.max_tokens, progress=screen.progress)
-    sources = [Source(path=data)] if data else settings.data.eval
-    if sources:
-        found = load(sources, **common)
+    if data or settings.data.eval:
+        # Rows of their own count alike: a weight column is the training rows'.
+        common["settings"] = settings.data.model_copy(update={"weight_column": None})
+    if data:
+        found = load([Source(path=data)], **common)
         if found.skipped:
             screen.tell(f"{len(found.skipped)} rows cannot be measured:\n{skipped_summary(found.skipped)}", style="yellow")
         return found
+    if settings.data.eval:
+        return unchanged(trained, load(settings.data.eval, **common))
     if settings.data.eval_share:
-        return load(settings.data.train, **common).split(settings.data.eval_share, settings.training.seed)[1]
+        return unchanged(trained, load(settings.data.train, **common).split(settings.data.eval_share, settings.training.seed)[1])
     raise RunError(f"{trained.run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
                    f"Name some: weitiao evaluate {trained.run.path} --data rows.jsonl")
+
+
+def unchanged(trained: Trained, rows: Dataset) -> Dataset:
+    """The run's own rows, if they are still those it set aside: others may have been trained on."""
+    if rows.fingerprint() != trained.run.read_json("data.json")["eval_fingerprint"]:
+        raise RunError(f"The rows that {trained.run.path} set aside are no longer the same.",
+                       "Expected the files that it was trained with, unchanged.",
+                       f"Bring them back, or name others: weitiao evaluate {trained.run.path} --data rows.jsonl")
+    return rows
 
 
 def measure(
@@ -59,10 +72,9 @@ def measure(
 ) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """(samples, {loss, perplexity, exact_match, field_f1, …})"""
     training = trained.settings.training
-    pad = trained.template.tokenizer.pad_token_id
     loss = mean_loss(
         trained.model, rows, training.layout, training.nodes_per_pass or memory.LEAST_NODES,
-        pad if pad is not None else trained.template.stop_id, trained.device, trained.autocast, progress=screen.progress,
+        trained.template.pad_id, trained.device, trained.autocast, progress=screen.progress,
     )
     with trained.autocast():
         samples, scores = answer_and_score(trained.model, trained.template, questions(rows), asked, screen.progress)
@@ -91,7 +103,8 @@ def show(results: dict[str, dict[str, Any]], rows: int, screen: Screen) -> None:
     fields = results["tuned"].get("per_field", {})
     lines += [[f"F1 of {field}", *(_cell(results[n].get("per_field", {}).get(field, {}).get("f1")) for n in names)] for field in fields]
     screen.tell()
-    screen.grid([f"{rows} rows", *names], lines)
+    answered = results["tuned"]["rows"]
+    screen.grid([f"{rows} rows" if answered == rows else f"{rows} rows, {answered} answered", *names], lines)
 
 
 def _cell(value: float | None) -> str:

@@ -20,27 +20,31 @@ def prove(path: str, batches: int, steps: int) -> None:
     """
     quiet_libraries()
     screen = Screen()
-    run, _ = open_run(path)
+    run, weights = open_run(path)
     job = prepare(run.settings(), screen)
     refuse_other_rows(run, job)
     report: dict[str, object] = {}
     failed = []
+    made_by = run.read_json("environment.json")["processes"]
+    if steps and made_by != job.accelerator.num_processes:
+        screen.tell(f"The run was made by {made_by} processes; its steps are repeated by as many: torchrun -m weitiao prove.")
+    elif steps:  # first, since it begins with the weights that training began with
+        worst_step, made = repeat(run, job, steps)
+        report["repeated"] = {"steps": made, "loss_difference_max": worst_step}
+        screen.tell(f"Made again from the record: steps {made[0]} to {made[-1]}, losses differ by at most {worst_step:.2g}.")
+        if worst_step > (0.0 if job.accelerator.device.type == "cpu" else 1e-2):
+            failed.append(f"the steps {made} have other losses than their record")
     if job.settings.training.layout == "trie":
+        job.method.load(job.model, weights / job.method.FOLDER)
         proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device))
                   for examples in screen.progress(batches_of(job, batches), "Trie against rows")]
         worst = {name: max(getattr(p, name) for p in proofs) for name in ("leak_max", "nll_max", "grad_rel_max")}
-        report["trie"] = {**worst, "dtype": proofs[0].dtype, "rows": sum(p.rows for p in proofs), "passed": all(p.passed for p in proofs)}
-        screen.tell(f"Trie against plain rows, {report['trie']['rows']} rows: " + ", ".join(f"{k} {v:.2g}" for k, v in worst.items()))
+        rows = sum(p.rows for p in proofs)
+        report["trie"] = {**worst, "dtype": proofs[0].dtype, "rows": rows, "passed": all(p.passed for p in proofs)}
+        screen.tell(f"Trie against plain rows, {rows} rows: " + ", ".join(f"{k} {v:.2g}" for k, v in worst.items()))
         failed += [p.reason for p in proofs if not p.passed]
     else:
         screen.tell("This run pads its rows; there is no trie to prove.")
-    if steps:
-        worst_step, made = repeat(run, job, steps, screen)
-        report["repeated"] = {"steps": made, "loss_difference_max": worst_step}
-        screen.tell(f"Made again from the record: {len(made)} steps, losses differ by at most {worst_step:.2g}.")
-        tolerance = 0.0 if job.accelerator.device.type == "cpu" else 1e-2
-        if worst_step > tolerance:
-            failed.append(f"step {made} has another loss than its record")
     run.write_json("proof-long.json", report)
     if failed:
         raise RunError("Not proven: " + "; ".join(failed) + ".", f"See {run.path / 'proof-long.json'}.")
@@ -48,7 +52,7 @@ def prove(path: str, batches: int, steps: int) -> None:
 
 
 def batches_of(job: Job, count: int) -> list[list]:
-    """Examples of some rows of each of the first steps."""
+    """Examples of the first rows, eight to a batch."""
     def examples(rows: list[TrainingRow]) -> list:
         return [e for row in rows for e in row.examples]
 
@@ -56,7 +60,7 @@ def batches_of(job: Job, count: int) -> list[list]:
     return [examples(rows[a : a + ROWS]) for a in range(0, min(count * ROWS, len(rows)), ROWS)]
 
 
-def repeat(run: RunFolder, job: Job, steps: int, screen: Screen) -> tuple[float, list[int]]:
+def repeat(run: RunFolder, job: Job, steps: int) -> tuple[float, list[int]]:
     """(largest difference of a loss, which steps): the steps after the oldest checkpoint that has any, else the first ones."""
     recorded = {m["step"]: m["loss"] for m in run.read_metrics() if "loss" in m}
     start: Checkpoint | None = next((c for c in run.checkpoints() if c.step + 1 in recorded), None)
@@ -79,7 +83,7 @@ class _Recorder:
     def __init__(self, lines: list[dict]):
         self.lines = lines
 
-    def on_step(self, line: dict) -> None:
+    def on_step(self, line: dict, seconds: float) -> None:
         self.lines.append(line)
 
     def on_evaluation(self, line: dict) -> None: ...
