@@ -562,6 +562,68 @@ def test_a_prompt_longer_than_the_model_is_refused(weitiao, finished):
     assert code == 2 and "Prompt 1 has" in err and "The model takes 256" in err
 
 
+def test_the_commonest_slips_are_told_by_their_cure(weitiao, rows_file):
+    assert "weitiao train --data x.jsonl" in weitiao("train", "x.jsonl")[2]
+    assert "without spaces around the =" in weitiao("train", "--data", rows_file, "training.epochs", "=", "2")[2]
+    assert weitiao("--version")[:2] == (0, "0.1.0\n")
+
+
+def test_several_data_options_are_several_files(weitiao, model_folder, rows_file, tmp_path):
+    (tmp_path / "more.csv").write_text("prompt;completion\na;b\n")  # as half of Europe's spreadsheets write it
+    code, out, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--data", "more.csv", "--output", "r", "training.steps=1")
+    assert code == 0, err
+    assert "25 to learn from" in out
+
+
+def test_generate_looks_at_its_files_before_it_answers(weitiao, finished, tmp_path):
+    (tmp_path / "there.jsonl").write_text("mine")
+    for name, found in (("there.jsonl", "exists already"), ("none/x.jsonl", "There is no folder none")):
+        code, _, err = weitiao("generate", finished, "--prompt", "x", "--output", name)
+        assert code == 2 and found in err
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
+    (tmp_path / "gbk.txt").write_bytes("你好，请介绍一下你自己。\n".encode("gbk"))
+    code, _, err = weitiao("generate", finished, "--file", "gbk.txt")
+    assert code == 2 and "gb18030" in err
+
+
+def test_rows_to_answer_need_no_answers(weitiao, finished, tmp_path):
+    files = {"a.jsonl": {"instruction": "What is", "input": "3 and 3?"}, "b.jsonl": {"prompt": "x"}, "c.jsonl": {"question": "x"},
+             "d.jsonl": {"messages": [{"role": "user", "content": "x"}]},
+             "e.jsonl": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, "f.jsonl": {"text": "x"}}
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        code, out, err = weitiao("generate", finished, "--file", name, "--max-new-tokens", 2, "--output", f"out-{name}")
+        assert code == 0, (name, err)
+        assert json.loads((tmp_path / f"out-{name}").read_text())["prompt"] == ("What is\n3 and 3?" if name == "a.jsonl" else "x")
+
+
+def test_a_damaged_run_is_told_with_its_checkpoints(weitiao, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    code, _, err = weitiao("generate", "run", "--prompt", "x")
+    assert code == 2 and "cannot be read from run/adapter" in err and "run/checkpoints/N" in err
+
+
+def test_a_full_disk_while_merging_leaves_nothing(weitiao, finished, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(merged, trained, folder):
+        folder.mkdir()
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("weitiao.use.merge.write", full)
+    code, _, err = weitiao("merge", finished, "--output", "merged")
+    assert code == 2 and "merged cannot be written: No space left on device" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_survives_bytes_that_are_no_text(finished):
+    talk = subprocess.run([sys.executable, "-m", "weitiao", "chat", str(finished), "--max-new-tokens", "3"], timeout=120,
+                          input="你好\n/exit\n".encode("gbk"), capture_output=True)
+    assert talk.returncode == 0, talk.stderr.decode()
+
+
 def test_a_changed_template_is_refused(weitiao, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

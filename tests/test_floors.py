@@ -53,7 +53,7 @@ def test_every_file_has_a_floor():
         assert file.relative_to(SOURCE).parts[0].removesuffix(".py") in FLOORS
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["chat", "--help"], ["version"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["chat", "--help"], ["--version"]])
 def test_help_loads_no_heavy_library(words):
     script = (
         "import sys; sys.argv = ['weitiao', *sys.argv[1:]]\n"

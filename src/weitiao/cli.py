@@ -33,7 +33,7 @@ class TrainCommand(typer.core.TyperCommand):
 def train(
     what: Annotated[list[str] | None, typer.Argument(help="A YAML file of settings, or a run folder with --resume; then settings such as method.rank=16.", metavar="[FILE.yaml | RUN] [name=value]...")] = None,
     model: Annotated[str | None, typer.Option(help="Short for model.name=…  [default: smollm2-135m]", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="Short for data.train=…: the rows to learn from.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Short for data.train=…: the rows to learn from; may be given several times.")] = None,
     output: Annotated[str | None, typer.Option(help="The new run folder.  [default: runs/<data>-<method>-<model>]", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN from its newest whole checkpoint.")] = False,
 ) -> None:
@@ -41,6 +41,7 @@ def train(
     from weitiao import config
     from weitiao.errors import SettingError
 
+    refuse_slips(what or [])
     words = join_options(what or [])
     first = words.pop(0) if words and "=" not in words[0] else None
     if resume:
@@ -55,7 +56,7 @@ def train(
         return
     if first and (Path(first) / "config.yaml").is_file():
         raise SettingError(f"{first} is a run folder.", next_step=f"Go on with it: weitiao train {first} --resume")
-    given = {"model.name": model, "data.train": data, "output": output}
+    given = {"model.name": model, "data.train": data or None, "output": output}
     settings = config.read(first, words, **given)
     from weitiao.screen import quiet_libraries
 
@@ -63,6 +64,16 @@ def train(
     from weitiao.train import train as training
 
     training.train(settings)
+
+
+def refuse_slips(words: list[str]) -> None:
+    """The commonest slips, told by their cure."""
+    from weitiao.errors import SettingError
+
+    if "=" in words or any(word.endswith("=") or word.startswith("=") for word in words):
+        raise SettingError(f"Found {' '.join(words)!r} among the settings.", "Expected name=value without spaces around the =.")
+    if words and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):
+        raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao train --data {words[0]}")
 
 
 def join_options(words: list[str]) -> list[str]:
@@ -157,30 +168,35 @@ def demo(
     run_demo(output)
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    from weitiao import __version__
+@app.callback(invoke_without_command=True)
+def every_command(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from weitiao import __version__
 
-    typer.echo(__version__)
+        typer.echo(__version__)
+        raise typer.Exit()
 
 
 def main() -> None:
     """Run a command; a user's mistake ends in one message and exit code 2, a signal in the shell's own code for it."""
     from weitiao.errors import WeitiaoError
 
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a byte or a character that the console lacks is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 130:  # typer ends so, in silence, on Ctrl-C
+            typer.echo("\nStopped. A run that had taken its first step goes on with: weitiao train RUN --resume", err=True)
+        raise
     except WeitiaoError as mistake:
         from weitiao.screen import error
 
         error(str(mistake))
         sys.exit(mistake.exit_code)
-    except KeyboardInterrupt:
-        from weitiao.screen import error
-
-        error("\nStopped.")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

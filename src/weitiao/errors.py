@@ -65,6 +65,11 @@ class Interrupted(WeitiaoError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`Did you mean …?` for the known name closest to `name`, or an empty string if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """`Did you mean …?` for the known name closest to `name`, or an empty string if none is close.
+
+    A name that goes on where this one ends (adamw, adamw_torch) is closer than one that sounds alike.
+    """
+    known = list(known)
+    longer = sorted((k for k in known if len(name) > 2 and k.startswith(name)), key=len)
+    close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else ""

@@ -223,7 +223,8 @@ def test_a_set_without_anything_to_learn_is_refused(refusal):
     assert refusal(rows, bad_share=1) == (
         "Nothing can be learned from any of the 3 rows.\n"
         "  2 rows: no answer (rows.jsonl:1, rows.jsonl:2)\n"
-        "  1 row: no prompt (rows.jsonl:3)"
+        "  1 row: no prompt (rows.jsonl:3)\n"
+        "Look at the rows named; data.columns says which column is which."
     )
 
 

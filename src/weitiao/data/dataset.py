@@ -188,7 +188,8 @@ def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSet
     listing = skipped_summary(skipped)
     if len(skipped) == rows:
         cut = all("cut away" in s.reason for s in skipped)
-        cure = "Raise data.max_tokens." if cut and settings.max_tokens else "Shorten the prompts." if cut else ""
+        cure = "Raise data.max_tokens." if cut and settings.max_tokens else "Shorten the prompts." if cut else \
+            "Look at the rows named; data.columns says which column is which."
         raise RowError(f"Nothing can be learned from any of the {rows} rows.\n{listing}", next_step=cure)
     if settings.bad_rows == "refuse":
         raise RowError(f"{len(skipped)} of {rows} rows cannot teach.\n{listing}", "data.bad_rows=refuse stops on the first.",

@@ -273,21 +273,21 @@ def _open(file: str) -> Any:
     return (gzip.open if file.lower().endswith(".gz") else open)(Path(file).expanduser(), "rb")
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    """(number, text with its line end). Only \\n ends a line; str would split at U+0085 and U+2028 inside values."""
+def read_lines(file: str) -> Iterator[tuple[int, str]]:
+    """(number, text with its line end) of a text file, told in one message where it isn't UTF-8. Only \\n ends a line; str would split at U+0085 and U+2028 inside values."""
     with _open(file) as stream:
         for number, raw in enumerate(stream, start=1):
             yield number, _decode(raw, file, number)
 
 
 def _read_jsonl(file: str) -> Iterator[Row]:
-    return (_as_row(_parse(text, file, line), file, line) for line, text in _lines(file) if text.strip())
+    return (_as_row(_parse(text, file, line), file, line) for line, text in read_lines(file) if text.strip())
 
 
 def _read_json(file: str) -> Iterator[Row]:
     with _open(file) as stream:
         text = _decode(stream.read(), file, 1)
-    if _holds_lines(text):
+    if _holdsread_lines(text):
         # Numbered by row, not by line: `where` must be right for a .json whatever it holds.
         texts = [(line, row) for line, row in enumerate(text.split("\n"), start=1) if row.strip()]
         rows = (_parse(row, file, line) for line, row in texts)
@@ -296,7 +296,7 @@ def _read_json(file: str) -> Iterator[Row]:
     return (_as_row(fields, file, number) for number, fields in enumerate(rows, start=1))
 
 
-def _holds_lines(text: str) -> bool:
+def _holdsread_lines(text: str) -> bool:
     """True for JSON lines under the name .json: several objects, the first of which ends where its line ends."""
     first, _, rest = text.lstrip().partition("\n")
     if first[:1] != "{" or not rest.strip():
@@ -364,9 +364,10 @@ def _excerpt(text: str, at: int = 0, width: int = 60) -> str:
 
 
 def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
+    delimiter = _delimiter(file, delimiter)
     csv.field_size_limit(2**31 - 1)  # the default of 128 kB is less than one long conversation
     # strict: a quote that is never closed is an error, instead of one cell that swallows the rest of the file.
-    reader = csv.reader((text for _, text in _lines(file)), delimiter=delimiter, strict=True)
+    reader = csv.reader((text for _, text in read_lines(file)), delimiter=delimiter, strict=True)
     header: list[str] = []
     for line, cells in _records(reader, file):
         if not header:
@@ -380,6 +381,12 @@ def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
             )
         else:
             yield Row(dict(zip(header, cells, strict=True)), file, line)
+
+
+def _delimiter(file: str, usual: str) -> str:
+    """Spreadsheets of half of Europe write `;` into a .csv."""
+    _, header = next(read_lines(file), (0, ""))
+    return ";" if usual == "," and "," not in header and ";" in header else usual
 
 
 def _records(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:

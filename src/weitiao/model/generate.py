@@ -57,7 +57,8 @@ def answer_all(
         for batch in progress(batches, "Answering"):
             ids = _generate(model, template, [prompts[i] for i in batch], sampling)
             for i, answer in zip(batch, ids, strict=True):
-                answers[i] = template.tokenizer.decode(answer, skip_special_tokens=True)
+                # An answer that was cut may end in a part of a character.
+                answers[i] = template.tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
     return answers
 
 

@@ -265,7 +265,7 @@ def _as_oserror(write: Callable[[Path], None], folder: Path) -> None:
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(f"torch could not write the file whole; is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def _no_run(path: Path) -> tuple[str, str, str]:

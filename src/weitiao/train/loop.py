@@ -122,10 +122,12 @@ class Training:
                 try:
                     self.evaluate()
                 except Exception:
-                    self.save()  # what cannot be measured is learned all the same
+                    if self.world == 1:  # the others of several may be elsewhere, and saving wants them all
+                        self.save()  # what cannot be measured is learned all the same
                     raise
-            if self.schedule.due(self.settings.saving.every, step) or self.best.get("step") == step:
-                self.save()
+            if step < self.schedule.steps:  # the last one must be saved: whoever began the run sees to it
+                if self.schedule.due(self.settings.saving.every, step) or self.best.get("step") == step:
+                    self.save()
         return True
 
     def _take(self, step: int) -> bool:
@@ -239,8 +241,7 @@ class Training:
         except OSError as error:
             raise TrainingStopped(
                 f"Step {self.step}: metrics.jsonl cannot be written: {error}.",
-                f"The last good checkpoint stands in {self.run.checkpoints_folder}.",
-                f"Make room and go on: weitiao train {self.run.path} --resume.",
+                self._standing(), f"Make room and go on: weitiao train {self.run.path} --resume.",
             ) from error
 
     # ---------------------------------------------------------------------------------------- saving and going on
@@ -262,12 +263,16 @@ class Training:
             message = f"Step {self.step} could not be saved: {error}."
             if must:
                 raise TrainingStopped(
-                    message, f"The last good checkpoint stands in {self.run.checkpoints_folder}.",
+                    message, self._standing(),
                     f"Make room and go on: weitiao train {self.run.path} --resume.",
                 ) from error
             self.listener.on_message(f"{message} Training goes on to the next save.")
             return False
         return True
+
+    def _standing(self) -> str:
+        saved = self.run.checkpoints()
+        return f"The last good checkpoint stands: {saved[-1].path}." if saved else "No checkpoint could be saved so far."
 
     def _write(self, folder: Path) -> None:
         self.method.save(self.plain_model, folder / self.method.FOLDER, self.base)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # more at once gains no speed, costs memory, and hides progress
+MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # larger passes mostly cost memory, and hide progress
 LEAST_NODES = 512
 UNBOUNDED = 1 << 30
 SHARE_OF_FREE = 0.5  # the rest is for gradients, the optimizer, the head's chunk and what else runs here

@@ -28,7 +28,7 @@ from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
-from weitiao.model.source import resolve
+from weitiao.model.source import EMBEDDED, resolve
 from weitiao.screen import Screen, StepLine, duration
 from weitiao.train import memory
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
@@ -110,7 +110,7 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
 # ---------------------------------------------------------------------------------------------- before the first step
 
 
-def prepare(settings: Settings, screen: Screen, with_model: bool = True) -> Job:
+def prepare(settings: Settings, screen: Screen) -> Job:
     """Find the model, read the rows, load the weights, attach the method."""
     refuse_unknown(settings.training)
     accelerator = make_accelerator(settings)
@@ -141,8 +141,6 @@ def make_accelerator(settings: Settings) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     AcceleratorState._reset_state()  # a second run in one process may compute in another precision
     mixed = "bf16" if loading.compute_dtype(settings.training.precision) is torch.bfloat16 else "no"
     return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
@@ -178,8 +176,9 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
         layout, proof = prove_layout(job, screen)
     per_node = memory.bytes_per_node(job.model, job.compute, checkpointing, layout)
     budget = training.nodes_per_pass or memory.nodes_that_fit(per_node, job.accelerator)
+    name = job.settings.model.name
     filled = job.settings.model_copy(update={
-        "model": job.settings.model.model_copy(update={"name": _absolute(job.settings.model.name)}),
+        "model": job.settings.model.model_copy(update={"name": name if name in EMBEDDED else _absolute(name)}),
         "data": found_from_anywhere(job.settings.data, job.data.max_tokens),
         "training": training.model_copy(update={
             "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing,
@@ -221,10 +220,12 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     if job.obstacle:
         return _fall_back(asked, job.obstacle, screen), None
     first = [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
+    screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     proof = prove(job.model, first, job.compute, str(job.accelerator.device))
     if proof.passed:
+        how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(
-            f"Proven on {proof.rows} rows ({proof.dtype}): trie = plain rows. leak {proof.leak_max:.1g}, "
+            f"Proven on {_count(proof.rows, 'row')} ({proof.dtype}): {how_far}. leak {proof.leak_max:.1g}, "
             f"nll {proof.nll_max:.1g}, gradients {proof.grad_rel_max:.1g}."
         )
         return "trie", proof
@@ -280,18 +281,23 @@ def show_job(job: Job, screen: Screen) -> None:
         ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
                    f"longest row {job.data.max_tokens:,}" + (f", {job.data.cut} cut to it" if job.data.cut else "")),
-        ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens in {steps} steps: 1 / {tokens / nodes:.2f}"),
-        ("steps", f"{schedule.steps:,} of {settings.training.batch_size} rows, {schedule.steps / schedule.steps_per_epoch:.3g} epochs"),
+        ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens, 1 / {tokens / nodes:.2f} (first {_count(steps, 'step')})"),
+        ("steps", f"{schedule.steps:,}, each of {_count(min(settings.training.batch_size, len(job.data)), 'row')}; "
+                  f"{schedule.steps / schedule.steps_per_epoch:.3g} times through all rows"),
     ]
     if job.data.skipped:
-        rows.append(("skipped", f"{len(job.data.skipped)} rows that cannot teach:\n{skipped_summary(job.data.skipped)}"))
+        rows.append(("skipped", f"{_count(len(job.data.skipped), 'row')} that cannot teach:\n{skipped_summary(job.data.skipped)}"))
     screen.table("", rows)
     screen.tell(f"\n{trainable_summary(trainable, total)}\n")
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def sharing(job: Job, schedule: Schedule, most_steps: int = 10) -> tuple[int, int, int]:
     """(nodes, tokens, steps looked at): what the trie saves in the first steps."""
-    steps = min(most_steps, schedule.steps_per_epoch)
+    steps = min(most_steps, schedule.steps_per_epoch, schedule.steps)
     nodes = tokens = 0
     for step in range(1, steps + 1):
         examples = [e for i in schedule.rows_of(step) for e in job.data.rows[i].examples]
@@ -431,7 +437,9 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
         rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))
     rows.append(("run folder", str(run.path)))
     screen.table("", rows)
-    screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}\nMerge it:     weitiao merge {run.path}")
+    rows_to_measure = "" if len(job.eval_data) else " --data rows.jsonl"
+    screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}\n"
+                f"Merge it:     weitiao merge {run.path}")
 
 
 @contextlib.contextmanager

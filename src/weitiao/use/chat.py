@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -29,6 +30,8 @@ def chat(run: str, max_new_tokens: int, temperature: float, top_p: float, system
     opening: Messages = [{"role": "system", "content": s}] if (s := system or trained.settings.data.system) else []
     messages = list(opening)
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # editing and history of the line, where Python has them
+            import readline  # noqa: F401
         screen.tell(f"{run}. /reset begins anew, /exit leaves.")
     while True:
         try:
@@ -72,6 +75,8 @@ def generate(
     """Answer prompts; print them, or write {prompt, answer} lines to `output`."""
     if not prompts and not file:
         raise SettingError("There is nothing to answer.", "Expected --prompt TEXT or --file FILE.")
+    if output:
+        refuse_target(Path(output))
     quiet_libraries()
     screen = Screen()
     trained = open_trained(run, screen)
@@ -100,12 +105,20 @@ def generate(
             print(json.dumps(line, ensure_ascii=False))
 
 
+def refuse_target(path: Path) -> None:
+    """Told before anything is answered."""
+    if path.exists():
+        raise SettingError(f"{path} exists already.", "Expected a new file.", "Remove it, or choose another: --output NAME.")
+    if not path.parent.is_dir():
+        raise SettingError(f"There is no folder {path.parent} to write {path.name} into.")
+
+
 def read_prompts(file: str, trained: Trained) -> list[Conversation]:
     """A line a prompt from .txt; otherwise rows as in training, with or without their answers."""
     if file.endswith(".txt"):
         if not Path(file).is_file():
             raise SourceError(f"There is no file {file}.")
-        lines = [line for line in Path(file).read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [text.rstrip("\r\n") for _, text in reading.read_lines(file) if text.strip()]
         if not lines:
             raise RowError(f"{file} holds no prompts.", "Expected one a line.")
         return [Conversation((Message("user", line),)) for line in lines]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from weitiao.errors import RunError, SettingError
 from weitiao.model.load import DTYPES, load_model
@@ -45,24 +46,26 @@ def merge(path: str, output: str | None, dtype: str) -> None:
     rows = proof_rows(trained, screen)
     before = logits_of(trained.model, rows)
     merged = trained.method.merge(trained.model).to(DTYPES[dtype])
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         write(merged, trained, staging)
         del merged
         # What was written is what is proven: it is read back from the disk.
         reloaded = load_model(staging, trained.settings.model, DTYPES[dtype])
         proof = compare(before, logits_of(reloaded, rows))
-        screen.tell(
-            f"Proven on {proof.rows} rows, {proof.tokens:,} positions: logits differ by at most {proof.logit_max:.2g}, "
-            f"the likeliest token agrees at {proof.greedy_agreement:.2%}."
-        )
+        measured = f"logits differ by at most {proof.logit_max:.2g}, the likeliest token agrees at {proof.greedy_agreement:.2%}"
+        where = f"{proof.rows} rows, {proof.tokens:,} positions"
+        screen.tell(f"Proven on {where}: {measured}." if dtype == "float32" else
+                    f"Rounding every weight to bfloat16 has its price; on {where}, {measured}. In float32 nothing changes.")
         logit_limit, agreement_limit = LIMITS[DTYPES[dtype]]
         if not (proof.logit_max <= logit_limit and proof.greedy_agreement >= agreement_limit):
             raise RunError("The merged model is not the one that was trained; it is not kept.",
                            f"Expected logits within {logit_limit:g} and {agreement_limit:.1%} agreement.",
                            "Merge in float32 (--dtype float32).")
         os.replace(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{target} cannot be written: {error}.", "Nothing half-written is left.", "Make room, or choose another: --output NAME.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     screen.tell(f"The merged model is in {target} ({dtype}); it loads with transformers, vLLM and others as it stands.")

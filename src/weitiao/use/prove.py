@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+import os
+
+import torch
+
 from weitiao.data.dataset import TrainingRow
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
@@ -28,12 +32,15 @@ def prove(path: str, batches: int, steps: int) -> None:
     made_by = run.read_json("environment.json")["processes"]
     if steps and made_by != job.accelerator.num_processes:
         screen.tell(f"The run was made by {made_by} processes; its steps are repeated by as many: torchrun -m weitiao prove.")
-    elif steps:  # first, since it begins with the weights that training began with
+    elif steps:
+        # With another number of threads sums are made in another order. First, since it begins with the weights that
+        # training began with.
+        torch.set_num_threads(min(run.read_json("environment.json")["threads"], os.cpu_count() or 1))
         worst_step, made = repeat(run, job, steps)
         report["repeated"] = {"steps": made, "loss_difference_max": worst_step}
         screen.tell(f"Made again from the record: steps {made[0]} to {made[-1]}, losses differ by at most {worst_step:.2g}.")
         if worst_step > (0.0 if job.accelerator.device.type == "cpu" else 1e-2):
-            failed.append(f"the steps {made} have other losses than their record")
+            failed.append(f"steps {made[0]} to {made[-1]} have other losses than their record")
     if job.settings.training.layout == "trie":
         job.method.load(job.model, weights / job.method.FOLDER)
         proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device))

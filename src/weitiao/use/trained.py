@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from weitiao.config import Settings
 from weitiao.data.templates import Template
@@ -55,7 +56,13 @@ def open_trained(path: str, screen: Screen, dtype: torch.dtype | None = None) ->
     model = loading.load_model(base, settings.model, held)
     learn_on_tries(model)
     model = method.attach(model, settings.method, settings.training.seed)
-    method.load(model, weights / method.FOLDER)
+    try:
+        method.load(model, weights / method.FOLDER)
+    except (OSError, SafetensorError, RuntimeError, AssertionError) as error:
+        steps = ", ".join(str(c.step) for c in run.checkpoints())
+        raise RunError(f"What was learned cannot be read from {weights / method.FOLDER}: {str(error).splitlines()[0]}",
+                       "Expected the files as training left them.",
+                       f"Use a checkpoint: {run.path}/checkpoints/N, N one of {steps}.") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(run, weights, settings, base, template, method, model.to(device).eval(), compute)
 
