@@ -31,6 +31,7 @@ from weitiao.trie import Example, Trie, build
 
 ROWS = 8
 LEAK_ROWS = 4  # of the shortest; a leaf's first, second and third neighbours are among them
+TOKENS = 4_096  # of all of them together, so that a proof takes no longer than a few steps
 LONGEST = 2_048  # tokens; its logits alone are 400 MB for a vocabulary like SmolLM2's
 # (leak, nll, gradient) that a right model stays under. In float32 the trie differs from rows by rounding (1e-6); bf16's
 # own noise is 0.02 to 0.04 of a gradient. A leak is no rounding: other branches do not move at all.
@@ -178,10 +179,14 @@ def _gradients(model, batches: Sequence[dict[str, Any]], weight: float) -> dict[
 
 
 def _pick(examples: Sequence[Example]) -> list[Example]:
-    """The shortest few, since a proof costs passes, and the longest of a bearable length, since windows show only there."""
-    shortest = sorted(examples, key=len)
-    bearable = [e for e in shortest[ROWS - 1 :] if len(e) <= LONGEST]
-    return shortest[: ROWS - 1] + (bearable[-1:] or shortest[ROWS - 1 : ROWS])
+    """The shortest few, since a proof costs passes, and the longest that is bearable, since windows show only there."""
+    by_length = sorted(examples, key=len)
+    few = by_length[:ROWS]
+    while len(few) > 2 and sum(map(len, few)) > TOKENS:
+        few.pop()
+    room = min(LONGEST, TOKENS - sum(map(len, few[:-1])))
+    bearable = [e for e in by_length[len(few) :] if len(e) <= room]
+    return few[:-1] + (bearable[-1:] or few[-1:])
 
 
 @contextmanager
