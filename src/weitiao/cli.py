@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +54,7 @@ def train(
         from weitiao.train import train as training
 
         training.resume(Path(first))
-        return
+        return leave()
     if first and (Path(first) / "config.yaml").is_file():
         raise SettingError(f"{first} is a run folder.", next_step=f"Go on with it: weitiao train {first} --resume")
     given = {"model.name": model, "data.train": data or None, "output": output}
@@ -64,6 +65,14 @@ def train(
     from weitiao.train import train as training
 
     training.train(settings)
+    leave()
+
+
+def leave() -> None:
+    """End one of several processes at once: gloo's threads, torn down with the interpreter, now and then abort it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def refuse_slips(words: list[str]) -> None:

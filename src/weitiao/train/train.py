@@ -395,7 +395,6 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     if job.accelerator.is_main_process:
         show_end(run, job, training, line, screen)
     job.accelerator.wait_for_everyone()
-    job.accelerator.end_training()
     return run
 
 
