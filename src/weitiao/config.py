@@ -66,11 +66,18 @@ class Source(Group):
 Sources = Annotated[list[Annotated[Source, BeforeValidator(_path_alone)]], BeforeValidator(_one_or_many)]
 
 
+Targets = Literal["all-linear"] | list[str]
+
+
 class ModelSettings(Group):
     name: str = setting("smollm2-135m", "smollm2-135m, a folder, a .gguf file, owner/name on the Hub, modelscope:owner/name, or pypi:package==version")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model; only for authors you trust")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "in what the weights are held; auto: float32 where they are trained, else what training.precision computes in")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "in what the weights are held; auto: float32 where they are trained, else what training.precision computes in")
+    quantize: Literal["none", "int8", "nf4", "fp4"] = setting("none", "hold the frozen weights in 8 or 4 bits (bitsandbytes); nf4 is the better of the two 4-bit kinds")
+    double_quantize: bool = setting(True, "nf4, fp4: quantise the scales too, 0.4 bits less a weight")
+    int8_threshold: float = setting(6.0, "int8: inputs larger than this go through a 16-bit product; 0: none do", ge=0)
+    device_map: str | None = setting(None, "spread the frozen weights over devices as accelerate does: auto, balanced, sequential or a device; default: one device a process")
 
 
 class DataSettings(Group):
@@ -89,13 +96,17 @@ class DataSettings(Group):
 
 
 class LoraSettings(Group):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT."""
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) and its kin, through PEFT."""
 
     name: Literal["lora"] = setting("lora", "which method")
     rank: int = setting(16, "rank of each update", ge=1)
     alpha: float = setting(32.0, "the update is scaled by alpha / rank", gt=0)
     dropout: float = setting(0.0, "share of an adapter's inputs dropped in training", ge=0, lt=1)
-    targets: Literal["all-linear"] | list[str] = setting("all-linear", "names of the linear layers to adapt")
+    targets: Targets = setting("all-linear", "names of the linear layers to adapt")
+    rslora: bool = setting(False, "rsLoRA (arXiv:2312.03732): scale by alpha / sqrt(rank), which high ranks want")
+    dora: bool = setting(False, "DoRA (arXiv:2402.09353): a learned length for each output beside the learned direction")
+    init: Literal["zero", "pissa"] = setting("zero", "zero: the update begins at 0; pissa (arXiv:2404.02948): it begins as the weight's largest singular directions")
+    plus_ratio: float = setting(1.0, "LoRA+ (arXiv:2402.12354): B learns so many times as fast as A; 16 is the paper's choice", ge=1)
 
     @property
     def learning_rate(self) -> float:
@@ -103,19 +114,130 @@ class LoraSettings(Group):
 
 
 class FullSettings(Group):
-    """Every weight is trained."""
+    """Every weight is trained, or those that are named."""
 
     name: Literal["full"] = setting("full", "which method")
+    last_layers: int | None = setting(None, "train the last so many layers and the norm behind them; the rest stays as it is", "layers", ge=1)
+    train: list[str] = setting([], "train only weights whose names match one of these patterns, such as '*.mlp.*'; with last_layers: these besides")
 
     @property
     def learning_rate(self) -> float:
         return 2e-5
 
 
+class BitfitSettings(Group):
+    """BitFit (Ben Zaken et al. 2021, arXiv:2106.10199): biases alone are trained."""
+
+    name: Literal["bitfit"] = setting("bitfit", "which method")
+    add_bias: bool = setting(False, "give the linear layers that have no bias one that begins at 0, and train it too")
+    targets: Targets = setting("all-linear", "add_bias: names of the linear layers that get one")
+
+    @property
+    def learning_rate(self) -> float:
+        return 3e-3
+
+
+class Ia3Settings(Group):
+    """IA3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the MLP's inner activations are rescaled. Through PEFT."""
+
+    name: Literal["ia3"] = setting("ia3", "which method")
+    targets: Literal["auto"] | list[str] = setting("auto", "names of the linear layers whose outputs are rescaled; auto: those that make keys and values")
+    feedforward: Literal["auto"] | list[str] = setting("auto", "names of the linear layers whose inputs are rescaled; auto: the last one of each MLP")
+
+    @property
+    def learning_rate(self) -> float:
+        return 1e-2
+
+
+class AdapterSettings(Group):
+    """Bottleneck adapters: Houlsby et al. 2019 (arXiv:1902.00751) behind attention and MLP, Pfeiffer et al. 2020 (arXiv:2005.00247) behind the MLP alone."""
+
+    name: Literal["adapter"] = setting("adapter", "which method")
+    style: Literal["houlsby", "pfeiffer"] = setting("pfeiffer", "houlsby: behind attention and behind the MLP of each layer; pfeiffer: behind the MLP")
+    bottleneck: int = setting(64, "inner width of each adapter", ge=1)
+    activation: Literal["gelu", "relu", "silu", "tanh"] = setting("gelu", "between down and up")
+    dropout: float = setting(0.0, "share of the inner activations dropped in training", ge=0, lt=1)
+
+    @property
+    def learning_rate(self) -> float:
+        return 1e-3
+
+
+class VirtualSettings(Group):
+    """What the methods that put virtual tokens before every row have in common.
+
+    Their learning rates count in spreads (a power of two near the standard deviation) of what they replace, embeddings
+    or keys and values, so that one rate suits models of any scale.
+    """
+
+    virtual_tokens: int | None = setting(None, "how many; default: 20, or as many as the text has", "tokens", ge=1)
+    init: Literal["vocabulary", "random", "text"] = setting("vocabulary", "they begin as tokens drawn from the vocabulary, as noise of the same spread, or as a text")
+    text: str | None = setting(None, "the text they begin as; a prompt that already works is a good one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("text") is not None:
+            return {"init": "text", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _text_if_text(self) -> VirtualSettings:
+        if (self.init == "text") != (self.text is not None):
+            raise ValueError("init=text goes with a text, and a text with init=text")
+        return self
+
+
+class PromptSettings(VirtualSettings):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): embeddings of virtual tokens before every row."""
+
+    name: Literal["prompt"] = setting("prompt", "which method")
+
+    @property
+    def learning_rate(self) -> float:
+        return 0.1
+
+
+class PtuningSettings(VirtualSettings):
+    """P-tuning (Liu et al. 2021, arXiv:2103.10385): the same, made by a small network that is trained in their place."""
+
+    name: Literal["ptuning"] = setting("ptuning", "which method")
+    encoder: Literal["mlp", "lstm"] = setting("mlp", "the network that makes the virtual tokens")
+    encoder_hidden: int | None = setting(None, "its inner width; default: the model's", ge=1)
+    encoder_layers: int = setting(2, "layers of the lstm; the mlp has two", ge=1)
+    encoder_dropout: float = setting(0.0, "dropout between layers of the lstm", ge=0, lt=1)
+
+    @property
+    def learning_rate(self) -> float:
+        return 3e-3
+
+
+class PrefixSettings(VirtualSettings):
+    """Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of virtual tokens in every layer."""
+
+    name: Literal["prefix"] = setting("prefix", "which method")
+    projection: bool = setting(False, "a small network makes keys and values, and is trained in their place")
+    projection_hidden: int | None = setting(None, "its inner width; default: the model's", ge=1)
+
+    @property
+    def learning_rate(self) -> float:
+        return 1e-3 if self.projection else 0.05
+
+
+METHODS: tuple[type[Group], ...] = (
+    LoraSettings, FullSettings, BitfitSettings, PromptSettings, PtuningSettings, PrefixSettings, Ia3Settings, AdapterSettings,
+)
 Method = Annotated[
-    Annotated[LoraSettings | FullSettings, Field(discriminator="name")], BeforeValidator(_method)
+    Annotated[
+        LoraSettings | FullSettings | BitfitSettings | PromptSettings | PtuningSettings | PrefixSettings | Ia3Settings | AdapterSettings,
+        Field(discriminator="name"),
+    ],
+    BeforeValidator(_method),
 ]
-METHODS: tuple[type[Group], ...] = (LoraSettings, FullSettings)
+
+
+class TokensSettings(Group):
+    add: list[str] = setting([], "special tokens that the tokenizer shall know; their rows of the embedding are trained, whatever the method")
 
 
 class TrainingSettings(Group):
@@ -124,7 +246,7 @@ class TrainingSettings(Group):
     batch_size: int = setting(16, "rows per optimizer step, over all passes and processes", "rows", ge=1)
     nodes_per_pass: int | None = setting(None, "most tokens that go through the model at once; a step is split to fit; default: from the free memory", "tokens", ge=16)
     layout: Literal["auto", "trie", "padded"] = setting("auto", "trie: shared prefixes are computed once; padded: rows side by side; auto: trie if it proves itself on the first batch, else padded")
-    learning_rate: float | None = setting(None, "peak learning rate; default: the method's (lora 5e-4, full 2e-5)", gt=0)
+    learning_rate: float | None = setting(None, "peak learning rate; default: the method's own, see benchmarks/methods.md", gt=0)
     scheduler: str = setting("linear", "how the learning rate goes on: any name transformers.get_scheduler takes (linear, cosine, constant_with_warmup, …)")
     scheduler_options: dict[str, Any] = setting({}, "further arguments of the scheduler")
     warmup: float = setting(0.03, "below 1: share of the steps; from 1 on: number of steps", "steps or share", ge=0)
@@ -135,7 +257,7 @@ class TrainingSettings(Group):
     adam_beta2: float = setting(0.999, "how slowly Adam's mean of the squared gradients forgets", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "added to the root of that mean, so that nothing is divided by 0", gt=0)
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never", ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "in what is computed; auto: bf16 on a GPU that has it, else fp32. Trained weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
     checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
 
@@ -159,6 +281,7 @@ class Settings(Group):
     model: Annotated[ModelSettings, BeforeValidator(_name_alone)] = ModelSettings()
     data: DataSettings
     method: Method = LoraSettings()
+    tokens: TokensSettings = TokensSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     saving: SavingSettings = SavingSettings()
@@ -290,6 +413,27 @@ ELSEWHERE = {
     "r": "It is called method.rank.",
     "lora_dropout": "It is called method.dropout.",
     "target_modules": "It is called method.targets.",
+    "use_rslora": "It is called method.rslora.",
+    "use_dora": "It is called method.dora.",
+    "init_lora_weights": "It is called method.init.",
+    "loraplus_lr_ratio": "It is called method.plus_ratio.",
+    "num_virtual_tokens": "It is called method.virtual_tokens.",
+    "pre_seq_len": "It is called method.virtual_tokens.",
+    "prompt_tuning_init": "It is called method.init.",
+    "prompt_tuning_init_text": "It is called method.text.",
+    "prefix_projection": "It is called method.projection.",
+    "encoder_hidden_size": "It is called method.encoder_hidden (ptuning) or method.projection_hidden (prefix).",
+    "encoder_reparameterization_type": "It is called method.encoder.",
+    "freeze_trainable_layers": "It is called method.last_layers (full).",
+    "load_in_4bit": "It is called model.quantize: nf4.",
+    "load_in_8bit": "It is called model.quantize: int8.",
+    "quantization_bit": "It is called model.quantize: int8 or nf4.",
+    "bnb_4bit_quant_type": "It is called model.quantize.",
+    "bnb_4bit_use_double_quant": "It is called model.double_quantize.",
+    "llm_int8_threshold": "It is called model.int8_threshold.",
+    "new_special_tokens": "It is called tokens.add.",
+    "add_special_tokens": "It is called tokens.add.",
+    "fp16": "It is called training.precision: fp16.",
     "lr_scheduler_type": "It is called training.scheduler.",
     "warmup_ratio": "It is called training.warmup; below 1 it is a share.",
     "warmup_steps": "It is called training.warmup; from 1 on it is a number of steps.",

@@ -1,20 +1,12 @@
-"""The ways to tune a model: one file a method, each answering the same few verbs, chosen by a table.
-
-    attach(model, settings, seed) -> model   add what is trained, freeze the rest
-    save(model, folder, base)                write what was trained (base: what a reader should load under it)
-    load(model, folder)                      put it back into a model that attach has prepared
-    merge(model) -> model                    a plain causal LM that computes the same
-    FOLDER                                   where a run keeps it: adapter/ or model/
-    TRAINS_ALL                               does it train the base itself?
-"""
+"""The ways to tune a model: one file a method, each answering the verbs of `method.Method`, chosen by a table."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from weitiao.model.methods.full import Full
+from weitiao.model.methods.lora import Lora
+from weitiao.model.methods.method import Method
 
-from weitiao.model.methods import full, lora
-
-METHODS: dict[str, ModuleType] = {"lora": lora, "full": full}
+METHODS: dict[str, Method] = {"lora": Lora(), "full": Full()}
 
 
 def trainable_summary(trainable: int, total: int) -> str:

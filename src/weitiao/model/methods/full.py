@@ -1,30 +1,39 @@
-"""Full-parameter tuning: every weight is trained, and the model itself is what is saved."""
+"""Full-parameter tuning: every weight is trained, or those that are named; the model itself is what is saved."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
+from typing import final
 
 from weitiao.config import FullSettings
-
-FOLDER = "model"
-TRAINS_ALL = True
-
-
-def attach(model, settings: FullSettings, seed: int):
-    model.requires_grad_(True)
-    return model
+from weitiao.errors import RunError
+from weitiao.model.methods.method import Method
 
 
-def save(model, folder: Path, base: str) -> None:
-    model.save_pretrained(folder)
+@final
+class Full(Method):
+    FOLDER = "model"
+    TRAINS_ALL = True
 
+    def attach(self, model, settings: FullSettings, seed: int, tokenizer=None):
+        model.requires_grad_(True)
+        return model
 
-def load(model, folder: Path) -> None:
-    from accelerate import load_checkpoint_in_model
+    def save(self, model, folder: Path, base: str) -> None:
+        model.save_pretrained(folder)
 
-    load_checkpoint_in_model(model, str(folder))
-    model.tie_weights()
+    def load(self, model, folder: Path) -> None:
+        from accelerate import load_checkpoint_in_model
 
+        load_checkpoint_in_model(model, str(folder))
+        model.tie_weights()
 
-def merge(model):
-    return model
+    @contextmanager
+    def untuned(self, model):
+        raise RunError("This run trained the base itself.", "Expected an adapter that can be switched off.",
+                       "Measure it without --base.")
+        yield
+
+    def merge(self, model):
+        return model

@@ -1,0 +1,70 @@
+"""The contract: what every way to tune a model answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weitiao.errors import RunError
+
+
+class Method(ABC):
+    """One way to tune a model: a final class, and a line in the table of `weitiao.model.methods`.
+
+    FOLDER: where a run keeps what was learned, adapter/ or model/.
+    TRAINS_ALL: does it train weights of the base itself? Those are then held in float32.
+    """
+
+    FOLDER = "adapter"
+    TRAINS_ALL = False
+
+    @abstractmethod
+    def attach(self, model: torch.nn.Module, settings: Any, seed: int, tokenizer: Any = None) -> torch.nn.Module:
+        """Add what is trained, freeze the rest; new weights are float32 and come from `seed`.
+
+        model: a causal LM of transformers that `learn_on_tries` has taught the keyword `trie`; it may be changed in place.
+        Raises SettingError if the method does not suit the model.
+        """
+
+    @abstractmethod
+    def save(self, model: torch.nn.Module, folder: Path, base: str) -> None:
+        """Write what was learned; base is what a reader of the file should load under it."""
+
+    @abstractmethod
+    def load(self, model: torch.nn.Module, folder: Path) -> None:
+        """Put it back into a model that `attach` has prepared."""
+
+    @contextmanager
+    def untuned(self, model: torch.nn.Module) -> Iterator[None]:
+        """The model as it was before it was tuned, for the block."""
+        with model.disable_adapter():
+            yield
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A plain causal LM that computes the same. The base is held in plain weights, not quantised."""
+        raise RunError(
+            "This method changes no weight of the base, so there is nothing to merge.",
+            "Expected lora, ia3, bitfit or full.",
+            "What it learned is loaded beside the base: weitiao chat, generate and evaluate do so from the run folder; "
+            "elsewhere, PeftModel.from_pretrained(base, 'RUN/adapter').",
+        )
+
+    def virtual_tokens(self, settings: Any, tokenizer: Any) -> int:
+        """How many places before every row it takes."""
+        return 0
+
+    def rate_factor(self, name: str, settings: Any) -> float:
+        """How many times as fast as the rest the weight `name` learns."""
+        return 1.0
+
+    def encoder_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What training needs to go on and use does not: it is kept in checkpoints beside FOLDER."""
+        return {}
+
+    def load_encoder_state(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Put it back, after `load`."""
