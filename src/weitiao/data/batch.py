@@ -7,7 +7,7 @@ ordinary batch of transformers with `targets` and `weights` beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,18 @@ class Plan:
     predictors: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+
+    def under(self, places: int) -> Plan:
+        """What attention needs when `places` more nodes stand above all roots, in one run; who predicts what stays."""
+        nodes = places + len(self.depth)
+        above = torch.arange(places, device=self.depth.device)
+        return replace(
+            self,
+            segments=[Segment(0, places, nodes), *(Segment(s + places, e + places, b + places) for s, e, b in self.segments)],
+            subtree_end=torch.cat([torch.full_like(above, nodes), self.subtree_end + places]),
+            depth=torch.cat([above, self.depth + places]),
+            longest=self.longest + places,
+        )
 
 
 def trie_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]:

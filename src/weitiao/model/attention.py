@@ -61,7 +61,8 @@ def trie_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls in every layer.
 
-    query [1, heads, T, d], key and value [1, kv_heads, T, d]; returns [1, T, heads, d].
+    query [1, heads, T, d], key and value [1, kv_heads, V + T, d]; returns [1, T, heads, d]. The V keys that a prefix put
+    first are seen by every node.
     """
     if trie is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -75,7 +76,8 @@ def trie_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window wider than the longest row hides nothing.
-    window = sliding_window if sliding_window and sliding_window < trie.longest else None
+    prefix = key.shape[2] - query.shape[2]
+    window = sliding_window if sliding_window and sliding_window < prefix + trie.longest else None
     if window is None and dropout == 0.0 and _has_flash_kernel(query, value):
         out = ByKeys.apply(query, key, value, trie.segments, scale)
     else:
@@ -97,7 +99,7 @@ def _has_flash_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
 class ByKeys(torch.autograd.Function):
     """Attention over a trie, indexed by the keys of its segments; see the head of this file.
 
-    query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, heads, T, d]. Partial sums are kept in fp32 (or
+    query [1, heads, T, d], key and value [1, kv_heads, V + T, d] -> [1, heads, T, d]. Partial sums are kept in fp32 (or
     the input's type where that is wider), so that merging many segments costs bf16 nothing.
     """
 
@@ -107,7 +109,7 @@ class ByKeys(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         out = torch.zeros(query.shape, dtype=wide, device=query.device)
         lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
-        for keys, queries, causal in _calls(segments):
+        for keys, queries, causal in _calls(segments, query.shape[2], key.shape[2]):
             o, l = flash(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
             _merge(out[:, :, queries], lse[:, :, queries], o, l)
         out = out.to(query.dtype)
@@ -124,7 +126,7 @@ class ByKeys(torch.autograd.Function):
         # The CPU kernel's backward is three times as fast in fp32 as in bf16 on segments this short, and more exact.
         grad, query, key, value, out = (x.to(wide) for x in (grad, *saved))
         d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
-        for keys, queries, causal in _calls(ctx.segments):
+        for keys, queries, causal in _calls(ctx.segments, query.shape[2], key.shape[2]):
             dq, dk, dv = backward(
                 grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
                 out[:, :, queries], lse[:, :, queries], 0.0, causal, scale=ctx.scale,
@@ -135,12 +137,16 @@ class ByKeys(torch.autograd.Function):
         return *(d.to(t) for d, t in zip((d_query, d_key, d_value), types, strict=True)), None, None
 
 
-def _calls(segments: list[Segment]) -> Iterator[tuple[slice, slice, bool]]:
+def _calls(segments: list[Segment], nodes: int, keys: int) -> Iterator[tuple[slice, slice, bool]]:
     """(keys, queries, causal) of each kernel call: a segment with itself, then everything below it with the segment."""
+    prefix = keys - nodes
+    if prefix:
+        yield slice(0, prefix), slice(0, nodes), False
     for start, end, below in segments:
-        yield slice(start, end), slice(start, end), True
+        own = slice(prefix + start, prefix + end)
+        yield own, slice(start, end), True
         if below > end:
-            yield slice(start, end), slice(end, below), False
+            yield own, slice(end, below), False
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
@@ -159,15 +165,16 @@ def by_paths(
 ) -> torch.Tensor:
     """Every segment attends to the concatenated keys of its own path, with sdpa. Same shapes as `ByKeys`.
 
-    On a path the key's place is its depth, so causality and the window are a comparison of places.
+    On a path the key's place is its depth (behind the prefix), so causality and the window are a comparison of places.
     """
+    prefix = torch.arange(key.shape[2] - query.shape[2], device=query.device)
     outputs: list[torch.Tensor] = []
     path: list[Segment] = []  # the segments above the current one, and itself
     for segment in plan.segments:
         while path and path[-1].below <= segment.start:
             path.pop()
         path.append(segment)
-        above = torch.cat([torch.arange(s.start, s.end, device=query.device) for s in path])
+        above = torch.cat([prefix, *(torch.arange(s.start, s.end, device=query.device) + len(prefix) for s in path)])
         first_query = len(above) - (segment.end - segment.start)
         first_key = max(0, first_query - window + 1) if window else 0
         places_q = torch.arange(first_query, len(above), device=query.device)[:, None]
@@ -187,9 +194,12 @@ def dense(
 ) -> torch.Tensor:
     """One masked call: sees(q, k) = k <= q < subtree_end[k], and depth[q] - depth[k] < window. The judge."""
     nodes = torch.arange(query.shape[2], device=query.device)
+    prefix = torch.arange(key.shape[2] - query.shape[2], device=query.device)
     mask = (nodes[None, :] <= nodes[:, None]) & (nodes[:, None] < plan.subtree_end[None, :])
+    mask = torch.cat([mask.new_ones(len(nodes), len(prefix)), mask], dim=1)
     if window:
-        mask &= plan.depth[:, None] - plan.depth[None, :] < window
+        places = torch.cat([prefix, plan.depth + len(prefix)])
+        mask &= places[len(prefix) :, None] - places[None, :] < window
     return _sdpa(query, key, value, mask, scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +33,12 @@ def refuse_unknown(settings: TrainingSettings) -> None:
                                f"Expected one of {', '.join(names)}.")
 
 
-def make_optimizer(model: torch.nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, settings: TrainingSettings, learning_rate: float, rate_factor: Callable[[str], float] = lambda name: 1.0,
+) -> torch.optim.Optimizer:
     """The optimizer over what is trained; weight decay falls on matrices alone.
+
+    rate_factor: how many times as fast as `learning_rate` a weight learns, by its name (LoRA+).
 
     Raises:
         SettingError: the package that brings it is missing, or it refuses its options.
@@ -50,13 +55,15 @@ def make_optimizer(model: torch.nn.Module, settings: TrainingSettings, learning_
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except (ImportError, ValueError) as error:
         raise SettingError(f"training.optimizer = {settings.optimizer!r} cannot be used here.", str(error).splitlines()[0]) from error
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, settings.weight_decay), (others, 0.0)) if params
-    ]
-    return kind(groups, **options)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((decay, rate_factor(name)), []).append(parameter)
+    return kind([
+        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor}
+        for (decay, factor), parameters in groups.items()
+    ], **options)
 
 
 def _arguments(**ours: Any) -> SimpleNamespace:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from weitiao.model.methods.full import Full
 from weitiao.model.methods.lora import Lora
 from weitiao.model.methods.method import Method
+from weitiao.model.methods.prefix import Prefix
+from weitiao.model.methods.prompt import Prompt
+from weitiao.model.methods.ptuning import Ptuning
 
-METHODS: dict[str, Method] = {"lora": Lora(), "full": Full()}
+METHODS: dict[str, Method] = {
+    "lora": Lora(), "full": Full(), "prompt": Prompt(), "ptuning": Ptuning(), "prefix": Prefix(),
+}
 
 
 def trainable_summary(trainable: int, total: int) -> str:
