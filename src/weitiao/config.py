@@ -108,6 +108,12 @@ class LoraSettings(Group):
     init: Literal["zero", "pissa"] = setting("zero", "zero: the update begins at 0; pissa (arXiv:2404.02948): it begins as the weight's largest singular directions")
     plus_ratio: float = setting(1.0, "LoRA+ (arXiv:2402.12354): B learns so many times as fast as A; 16 is the paper's choice", ge=1)
 
+    @model_validator(mode="after")
+    def _one_start(self) -> LoraSettings:
+        if self.dora and self.init == "pissa":
+            raise ValueError("dora=true and init=pissa each decompose the weight their own way; choose one")
+        return self
+
     @property
     def learning_rate(self) -> float:
         return 5e-4

@@ -61,7 +61,7 @@ def training(tokenizer, rows, layout="trie", method="lora", run=None, eval_rows=
     made = config.parse({"data": "rows.jsonl", "method": method, "training": values})
     model = model or tiny_model(seed=1)
     learn_on_tries(model)
-    model = METHODS[made.method.name].attach(model, made.method, seed=0)
+    model = METHODS[made.method.name].attach(model, made.method, 0, tokenizer)
     AcceleratorState._reset_state()  # a process has one precision at a time
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     return Training(made, run, model, METHODS[made.method.name], "base", load_template("auto", tokenizer), rows, eval_rows,

@@ -50,8 +50,7 @@ def answer_all(
     progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
 ) -> list[str]:
     """Answers to prompts (int32 ids each), in their order; prompts of like length go together."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[a : a + batch_size] for a in range(0, len(order), batch_size)]
+    batches = batches_of([len(p) for p in prompts], batch_size, alike=padding_shows(model))
     answers = [""] * len(prompts)
     with answering(model):
         for batch in progress(batches, "Answering"):
@@ -60,6 +59,27 @@ def answer_all(
                 # An answer that was cut may end in a part of a character.
                 answers[i] = template.tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
     return answers
+
+
+def batches_of(lengths: Sequence[int], batch_size: int, alike: bool) -> list[list[int]]:
+    """Indices of prompts that go together, the short ones first; alike: only prompts of one length do."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < batch_size and not (alike and lengths[batches[-1][0]] != lengths[i]):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def padding_shows(model) -> bool:
+    """A prefix lies in the cache before a row's padding, and a sliding window counts cached places, padding too."""
+    return getattr(model, "prefix_places", 0) > 0 and bool(getattr(model.config.get_text_config(), "sliding_window", None))
+
+
+def room(model) -> int:
+    """The most tokens of prompt and answer together that the model takes, its virtual tokens taken off."""
+    return model_limit(model.config) - getattr(model, "virtual_places", 0)
 
 
 def stream(
@@ -101,8 +121,8 @@ def stream(
 def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, **more) -> list[list[int]]:
     """New ids for each prompt, cut at the stop. Prompts are padded to the left, under a mask."""
     width = max(len(p) for p in prompts)
-    room = model_limit(model.config) - width  # past its last position a model fails, or babbles
-    if room < 1:
+    left = room(model) - width  # past its last position a model fails, or babbles
+    if left < 1:
         return [[] for _ in prompts]
     ids = torch.full((len(prompts), width), template.pad_id)
     mask = torch.zeros_like(ids)
@@ -111,7 +131,7 @@ def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling
         mask[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
     out = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(sampling.max_new_tokens, room),
+        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(sampling.max_new_tokens, left),
         use_cache=True, eos_token_id=template.stop_ids, pad_token_id=template.pad_id, **sampling.arguments(), **more,
     )
     return [_until_stop(row, template.stop_ids) for row in out[:, width:].tolist()]

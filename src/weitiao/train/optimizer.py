@@ -58,7 +58,8 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            # IA3's factors stand for 1, not for 0, though PEFT gives them two dimensions.
+            decay = settings.weight_decay if parameter.ndim >= 2 and "ia3_l" not in name else 0.0
             groups.setdefault((decay, rate_factor(name)), []).append(parameter)
     return kind([
         {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor}

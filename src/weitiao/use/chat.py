@@ -12,8 +12,7 @@ from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.formats import CannotTeach, convert, detect, rename, with_answer
 from weitiao.errors import RowError, SettingError, SourceError
-from weitiao.model.generate import Sampling, answer_all, stream
-from weitiao.model.load import model_limit
+from weitiao.model.generate import Sampling, answer_all, room, stream
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train.folder import write_text
 from weitiao.use.trained import Trained, open_trained
@@ -52,7 +51,7 @@ def chat(run: str, max_new_tokens: int, temperature: float, top_p: float, system
 def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Screen) -> Messages:
     """Stream one answer; the messages with it, or without the question where the answer was broken off."""
     prompt = trained.template.prompt_ids(messages)
-    limit = model_limit(trained.model.config)
+    limit = room(trained.model)
     if len(prompt) + 1 > limit:
         screen.tell(f"The conversation has {len(prompt)} tokens; the model takes {limit}. /reset begins anew.", style="yellow")
         return messages[:-1]
@@ -86,7 +85,7 @@ def generate(
     opening = system or trained.settings.data.system
     asked = [c if c.messages[0].role == "system" or not opening else c.opened_by(opening) for c in asked]
     ids = [trained.template.prompt_ids(c.as_dicts(), c.tools) for c in asked]
-    limit = model_limit(trained.model.config)
+    limit = room(trained.model)
     for number, prompt in enumerate(ids, 1):
         if len(prompt) >= limit:
             raise RowError(f"Prompt {number} has {len(prompt)} tokens.", f"The model takes {limit}, the answer counted.", "Shorten it.")

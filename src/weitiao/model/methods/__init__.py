@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from weitiao.config import Settings
+from weitiao.model.methods.adapter import Adapter
+from weitiao.model.methods.added import WithTokens, extend
+from weitiao.model.methods.bitfit import Bitfit
 from weitiao.model.methods.full import Full
+from weitiao.model.methods.ia3 import Ia3
 from weitiao.model.methods.lora import Lora
 from weitiao.model.methods.method import Method
 from weitiao.model.methods.prefix import Prefix
@@ -11,7 +18,14 @@ from weitiao.model.methods.ptuning import Ptuning
 
 METHODS: dict[str, Method] = {
     "lora": Lora(), "full": Full(), "prompt": Prompt(), "ptuning": Ptuning(), "prefix": Prefix(),
+    "bitfit": Bitfit(), "ia3": Ia3(), "adapter": Adapter(),
 }
+
+
+def method_of(settings: Settings, tokenizer: Any) -> Method:
+    """The method of a run; with `tokens.add`, the rows of these tokens beside it, and the tokenizer taught to know them."""
+    method = METHODS[settings.method.name]
+    return WithTokens(method, extend(tokenizer, settings.tokens.add)) if settings.tokens.add else method
 
 
 def trainable_summary(trainable: int, total: int) -> str:

@@ -18,10 +18,14 @@ class Method(ABC):
 
     FOLDER: where a run keeps what was learned, adapter/ or model/.
     TRAINS_ALL: does it train weights of the base itself? Those are then held in float32.
+    MERGES: can what was learned be folded into plain weights?
+    CARRIES_TOKENS: does its own file hold the rows of `model.added_token_indices`?
     """
 
     FOLDER = "adapter"
     TRAINS_ALL = False
+    MERGES = True
+    CARRIES_TOKENS = False
 
     @abstractmethod
     def attach(self, model: torch.nn.Module, settings: Any, seed: int, tokenizer: Any = None) -> torch.nn.Module:

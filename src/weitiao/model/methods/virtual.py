@@ -109,6 +109,7 @@ class VirtualMethod(Method):
         places = self.virtual_tokens(settings, tokenizer)
         config = self.peft_config(model, settings, places)
         ids = None if settings.init == "random" else start_ids(settings, places, tokenizer, model, seed)
+        model.virtual_places = places
         model.virtual = self.make(model, settings, config, ids).to(model.get_input_embeddings().weight.device)
         model.virtual_config = config
         backbone = model.base_model
@@ -313,6 +314,7 @@ def _like(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 def cache_first(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """The backbone's forward with the prefix `model.virtual()` in every layer's cache."""
     takes_positions = "position_ids" in inspect.signature(forward).parameters
+    model.prefix_places = model.virtual_places
     for module in model.modules():
         if hasattr(module, "_can_checkpoint_with_cache"):  # ours is only read, so a recomputed layer may have it
             module._can_checkpoint_with_cache = True

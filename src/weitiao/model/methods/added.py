@@ -1,0 +1,136 @@
+"""`tokens.add`: special tokens that the tokenizer learns to know, and the model by their rows alone (PEFT's trainable tokens).
+
+The rows of the embedding, and of the head where it is not the same table, are trained beside whatever the method trains.
+LoRA keeps them in its own PEFT file; the other methods have `tokens.safetensors` beside theirs; full tuning has every row.
+A new row begins as the mean of the old ones (Hewitt 2021, "Initializing new word embeddings"), so that at the start no
+token becomes likelier by its being there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from weitiao.errors import SettingError
+from weitiao.model.methods.method import Method
+
+ADAPTER = "added"
+FILE = "tokens.safetensors"
+
+
+def extend(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """The ids of `names`, which the tokenizer knows as special tokens from now on.
+
+    Raises:
+        SettingError: one of them is there already: its row is not new, and would be changed for all rows that use it.
+    """
+    known = [name for name in names if name in tokenizer.get_vocab()]
+    if known or len(set(names)) < len(names):
+        raise SettingError(f"tokens.add: the tokenizer has {', '.join(map(repr, known))} already." if known else "tokens.add names a token twice.",
+                           "Expected tokens that are new.", "Leave them out; they can be used as they are.")
+    tokenizer.add_tokens(list(names), special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(list(names))
+
+
+@torch.no_grad()
+def make_room(model: torch.nn.Module, ids: Sequence[int]) -> None:
+    """More rows, if the table has none for these ids (some models have rows to spare)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(ids) < rows:
+        return
+    model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for table in tables.values():
+        table[rows:] = table[:rows].float().mean(dim=0).to(table)
+
+
+@final
+class WithTokens(Method):
+    """A method, and the rows of added tokens beside it."""
+
+    def __init__(self, method: Method, ids: Sequence[int]):
+        self.method, self.ids = method, list(ids)
+        self.FOLDER, self.TRAINS_ALL = method.FOLDER, method.TRAINS_ALL
+        self.untuned, self.virtual_tokens, self.rate_factor = method.untuned, method.virtual_tokens, method.rate_factor
+        self.encoder_state, self.load_encoder_state = method.encoder_state, method.load_encoder_state
+
+    def attach(self, model, settings, seed: int, tokenizer=None):
+        make_room(model, self.ids)
+        model.added_token_indices = token_indices(model, self.ids)
+        whole = model
+        model = self.method.attach(model, settings, seed, tokenizer)
+        if self.TRAINS_ALL and not whole.get_input_embeddings().weight.requires_grad:
+            name = next(name for name, p in whole.named_parameters() if p is whole.get_input_embeddings().weight)
+            raise SettingError("tokens.add: the embedding, which holds the new rows, is frozen.", "Expected it among the trained weights.",
+                               f"Add it: method.train=['{name}'].")
+        if not self._carried:
+            train_rows(whole)
+        return model
+
+    def save(self, model, folder: Path, base: str) -> None:
+        self.method.save(model, folder, base)
+        if not self._carried:
+            from safetensors.torch import save_file
+
+            save_file({name: p.detach().contiguous() for name, p in rows_of(model)}, folder / FILE, {"format": "pt"})
+
+    def load(self, model, folder: Path) -> None:
+        self.method.load(model, folder)
+        if not self._carried:
+            from safetensors.torch import load_file
+
+            saved = load_file(folder / FILE)
+            with torch.no_grad():
+                for name, parameter in rows_of(model):
+                    parameter.copy_(saved[name])
+
+    def merge(self, model):
+        model = self.method.merge(model)
+        return model if self._carried else merge_rows(model)
+
+    @property
+    def _carried(self) -> bool:
+        """Does the method train and save these rows by itself?"""
+        return self.TRAINS_ALL or self.method.CARRIES_TOKENS
+
+
+def token_indices(model: torch.nn.Module, ids: Sequence[int]) -> dict[str, list[int]]:
+    """PEFT's trainable_token_indices: by the names of the tables, one or, where the head is its own, two."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return {next(name for name, m in model.named_modules() if m is table).rsplit(".", 1)[-1]: list(ids) for table in tables}
+
+
+def train_rows(model: torch.nn.Module) -> None:
+    """Put PEFT's trainable tokens into the tables, in place; what trains besides goes on training."""
+    from peft import TrainableTokensConfig, inject_adapter_in_model
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    indices = model.added_token_indices
+    config = TrainableTokensConfig(token_indices=next(iter(indices.values())), target_modules=list(indices))
+    with warnings.catch_warnings():  # of a second adapter, and of tied tables, which is what we want
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in trained:  # PEFT freezes what is not its own
+        parameter.requires_grad = True
+    for _, parameter in rows_of(model):
+        parameter.data = parameter.data.float()
+
+
+def rows_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if name.endswith(f"trainable_tokens_delta.{ADAPTER}")]
+
+
+def merge_rows(model: torch.nn.Module) -> torch.nn.Module:
+    """The trained rows in the tables themselves."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "trainable_tokens_delta"):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    model.tie_weights()
+    return model
