@@ -7,7 +7,7 @@
 film      sentences about films (rotten_tomatoes/{train,validation}.jsonl: text, label 0 or 1), the label word behind the
           sentence and the end token, as a public GPT-2 tutorial lays them out; the last 30 tokens of a sentence. 1,200 rows,
           once, 8 a step. Measured: accuracy on 400 rows by the larger of the two label words' logits.
-records   the bundled example: announcement -> JSON record. 360 rows (300 when tuning), three times, 8 a step.
+records   the bundled example: announcement -> JSON record. 360 rows (300 when tuning), once, 8 a step.
           Measured: loss of the answers, and field F1 of greedy answers, on 60 rows.
 
 --split tune chooses rates: its training and measuring rows are not those of --split report. --by peft trains PEFT's own
@@ -56,12 +56,12 @@ def records(folder: Path, films: str, split: str, tokenizer) -> tuple[list[str],
 
     here = Path(example.__file__).parent
     if split == "report":
-        return [f"data.train={here}/train.jsonl", "training.epochs=3"], str(here / "heldout.jsonl")
+        return [f"data.train={here}/train.jsonl", "training.epochs=1"], str(here / "heldout.jsonl")
     lines = (here / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(lines)
     (folder / "train.jsonl").write_text("".join(lines[60:]), "utf-8")
     (folder / "measured.jsonl").write_text("".join(lines[:60]), "utf-8")
-    return [f"data.train={folder}/train.jsonl", "training.epochs=3"], str(folder / "measured.jsonl")
+    return [f"data.train={folder}/train.jsonl", "training.epochs=1"], str(folder / "measured.jsonl")
 
 
 TASKS = {"film": film, "records": records}

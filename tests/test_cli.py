@@ -303,17 +303,17 @@ def test_a_run_at_work_refuses_a_second_one(model_folder, rows_file, tmp_path, w
 def test_a_full_disk_is_told_and_training_goes_on_to_the_next_save(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
     import errno
 
-    from weitiao.model.methods import lora
+    from weitiao.model.methods.lora import Lora
 
-    save, calls = lora.save, []
+    save, calls = Lora.save, []
 
-    def full_once(model, folder, base):
+    def full_once(self, model, folder, base):
         calls.append(1)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(model, folder, base)
+        save(self, model, folder, base)
 
-    monkeypatch.setattr(lora, "save", full_once)
+    monkeypatch.setattr(Lora, "save", full_once)
     code, out, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "run", *FAST, "saving.every=2")
     assert code == 0, err
     assert "Step 4 could not be saved: [Errno 28] No space left on device. Training goes on to the next save." in out
@@ -323,21 +323,21 @@ def test_a_full_disk_is_told_and_training_goes_on_to_the_next_save(weitiao, mode
 def test_a_disk_that_stays_full_ends_cleanly_with_the_last_good_checkpoint_standing(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
     import errno
 
-    from weitiao.model.methods import lora
+    from weitiao.model.methods.lora import Lora
 
-    save, calls = lora.save, []
+    save, calls = Lora.save, []
 
-    def full(model, folder, base):
+    def full(self, model, folder, base):
         calls.append(1)
         if len(calls) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(model, folder, base)
+        save(self, model, folder, base)
 
-    monkeypatch.setattr(lora, "save", full)
+    monkeypatch.setattr(Lora, "save", full)
     code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "run", *FAST, "saving.every=2")
     assert code == 2 and "The last good checkpoint stands" in err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
-    monkeypatch.setattr(lora, "save", save)
+    monkeypatch.setattr(Lora, "save", save)
     assert weitiao("train", "run", "--resume")[0] == 0
 
 
@@ -505,16 +505,16 @@ def test_merge_is_proven_and_loads_without_us(weitiao, finished, tmp_path, model
 
 
 def test_a_merge_that_is_not_what_was_trained_is_not_kept(weitiao, finished, tmp_path, monkeypatch):
-    from weitiao.model.methods import lora
+    from weitiao.model.methods.lora import Lora
 
-    merge = lora.merge
+    merge = Lora.merge
 
-    def spoil(model):
-        merged = merge(model)
+    def spoil(self, model):
+        merged = merge(self, model)
         merged.model.layers[0].mlp.up_proj.weight.data += 0.05
         return merged
 
-    monkeypatch.setattr(lora, "merge", spoil)
+    monkeypatch.setattr(Lora, "merge", spoil)
     code, _, err = weitiao("merge", finished, "--output", "merged")
     assert code == 2 and "not the one that was trained" in err
     assert not list(tmp_path.iterdir())

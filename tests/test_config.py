@@ -192,7 +192,7 @@ def test_all_mistakes_are_told_in_one_message():
     ("training.learning_rate=0", "training.learning_rate = 0: Input should be greater than 0."),
     ("method.rank=2.5", "method.rank = 2.5: Input should be a valid integer, got a number with a fractional part."),
     ("method.rank=two", "method.rank = 'two': Input should be a valid integer, unable to parse string as an integer."),
-    ("model.dtype=fp16", "model.dtype = 'fp16': Input should be 'auto', 'float32' or 'bfloat16'."),
+    ("model.dtype=fp16", "model.dtype = 'fp16': Input should be 'auto', 'float32', 'bfloat16' or 'float16'."),
     ("data.train=[{path: a, share: 0}]", "data.train.0.share = 0: Input should be greater than 0."),
     ("training=5", "training = 5: Input should be a valid dictionary or instance of TrainingSettings."),
 ])
@@ -214,7 +214,11 @@ def test_such_a_text_is_taken_in_quotes():
 
 
 def test_an_unknown_method_is_refused_with_those_there_are():
-    assert refusal("method=qlora") == f"There is no method 'qlora'.\nMethods: lora, full.\n{HELP}"
+    methods = "Methods: lora, full, bitfit, prompt, ptuning, prefix, ia3, adapter."
+    assert refusal("method=loar") == f"There is no method 'loar'.\n{methods} Did you mean 'lora'?\n{HELP}"
+    assert refusal("method=qlora") == f"There is no method 'qlora'.\nIt is method=lora with model.quantize=nf4.\n{HELP}"
+    assert "method=lora with method.dora=true" in refusal("method=dora")
+    assert "It is called ptuning." in refusal("method=p_tuning")
     assert refusal("method.name=qlora") == refusal("method=qlora")
 
 

@@ -76,7 +76,9 @@ def test_the_commands_run_as_they_stand(model_folder, rows_file, tmp_path, monke
             assert not stop.code, (words, capsys.readouterr().err)
         done.add(words[0])
     assert done == {"train", "chat", "generate", "evaluate", "merge", "prove"}
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [Path(run).name, Path(run).name + "-2", Path(run).name + "-3"]
+    loras = [Path(run).name, *(f"{Path(run).name}-{i}" for i in range(2, 6))]
+    others = [f"rows-{method}-{model_folder.name}" for method in ("prefix", "prompt")]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == loras + others
 
 
 def test_both_languages_say_the_same_commands():

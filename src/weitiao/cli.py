@@ -148,11 +148,12 @@ def merge(
     run: Run,
     output: Annotated[str | None, typer.Option(help="The new model folder.  [default: RUN/merged]", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="In what the merged weights are written: float32 or bfloat16.")] = "float32",
+    base: Annotated[str | None, typer.Option(help="After training on 8 or 4 bits, what to merge into: the original weights, or those taken out of their packing.  [default: dequantized for 4 bits, original for 8]", show_default=False, metavar="original|dequantized")] = None,
 ) -> None:
     """Merge what was learned into plain weights, proven before they are written."""
     from weitiao.use.merge import merge as merge_run
 
-    merge_run(run, output, dtype)
+    merge_run(run, output, dtype, base)
 
 
 @app.command()

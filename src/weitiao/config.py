@@ -176,8 +176,8 @@ class VirtualSettings(Group):
     or keys and values, so that one rate suits models of any scale.
     """
 
-    virtual_tokens: int | None = setting(None, "how many; default: 20, or as many as the text has", "tokens", ge=1)
-    init: Literal["vocabulary", "random", "text"] = setting("vocabulary", "they begin as tokens drawn from the vocabulary, as noise of the same spread, or as a text")
+    virtual_tokens: int | None = setting(None, "how many; default: 64, or as many as the text has", "tokens", ge=1)
+    init: Literal["rows", "vocabulary", "random", "text"] = setting("rows", "they begin as rows with their answers, as tokens drawn from the vocabulary, as noise of the same spread, or as a text")
     text: str | None = setting(None, "the text they begin as; a prompt that already works is a good one")
 
     @model_validator(mode="before")
@@ -455,6 +455,23 @@ ELSEWHERE = {
 }
 
 
+METHODS_ELSEWHERE = {
+    "qlora": "It is method=lora with model.quantize=nf4.",
+    "dora": "It is method=lora with method.dora=true.",
+    "rslora": "It is method=lora with method.rslora=true.",
+    "pissa": "It is method=lora with method.init=pissa.",
+    "loraplus": "It is method=lora with method.plus_ratio=16.",
+    "lora_plus": "It is method=lora with method.plus_ratio=16.",
+    "freeze": "It is method=full with method.last_layers=N.",
+    "prompt_tuning": "It is called prompt.",
+    "p_tuning": "It is called ptuning.",
+    "prefix_tuning": "It is called prefix.",
+    "p_tuning_v2": "It is called prefix.",
+    "houlsby": "It is method=adapter with method.style=houlsby.",
+    "pfeiffer": "It is method=adapter with method.style=pfeiffer.",
+}
+
+
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
     known = [name for name, _, _ in every_setting()]
     found, cures = [], []
@@ -473,8 +490,10 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
             found.append(f"The setting {name} is missing." if name != "data" else "There are no rows to learn from.")
             cures.append("Give --data FILE, or data: FILE in the YAML." if name.startswith("data") else "")
         elif item["type"].startswith("union_tag"):
-            found.append(f"There is no method {_method_name(values)!r}.")
-            cures.append(f"Methods: {', '.join(m.model_fields['name'].default for m in METHODS)}.")
+            asked, there_are = str(_method_name(values)), [m.model_fields["name"].default for m in METHODS]
+            found.append(f"There is no method {asked!r}.")
+            cures.append(METHODS_ELSEWHERE.get(asked.lower().replace("-", "_"))
+                         or f"Methods: {', '.join(there_are)}. {nearest(asked, there_are)}".rstrip())
         else:
             label = f"{name} = {item['input']!r}: " if name else ""
             found.append(f"{label}{item['msg'].removeprefix('Value error, ')}.")

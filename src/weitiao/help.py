@@ -14,15 +14,24 @@ def settings_text(width: int = 80) -> str:
     """Every setting with type, unit, default and meaning, wrapped to `width` columns."""
     lines = ["", "Settings, in YAML or as name=value:"]
     group = None
-    for name, info, note in every_setting():
-        head = name.split(".")[0]
+    for name, info, method in every_setting():
+        head = method or name.split(".")[0]
         if head != group:
             group = head
-            lines.append("")
-        facts = f"{_type(name, info)}{f' ({_unit(info)})' if _unit(info) else ''}, {_default(name, info)}{f', for {note}' if note else ''}"
+            lines += ["", *_about(method, width)]
+        facts = f"{_type(name, info)}{f' ({_unit(info)})' if _unit(info) else ''}, {_default(name, info)}"
         lines.append(f"  {name}  [{facts}]")
         lines += textwrap.wrap(_meaning(name, info), width - 6, initial_indent="      ", subsequent_indent="      ")
     return "\n".join([*lines, ""])
+
+
+def _about(method: str, width: int) -> list[str]:
+    """The head of a method's own settings: what it is, by whom, and its learning rate."""
+    if not method:
+        return []
+    settings = next(m for m in METHODS if m.model_fields["name"].default == method)
+    about = " ".join((settings.__doc__ or "").split("\n\n")[0].split())
+    return textwrap.wrap(f"method={method}: {about} Its learning rate is {settings().learning_rate:g}.", width, subsequent_indent="  ")
 
 
 def _type(name: str, info: FieldInfo) -> str:

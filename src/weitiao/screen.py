@@ -143,8 +143,16 @@ def error(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty()).print(text, style="red", markup=False)
 
 
+# Told once an import, and once a layer a pass; what there is to say about 8 bits, quantize.dtype_notes says.
+BITSANDBYTES_LINES = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+}
+
+
 def quiet_libraries() -> None:
     """The libraries' own bars and hints are not ours to show; their errors still are."""
+    import logging as standard
     import warnings
 
     from transformers.utils import logging
@@ -152,3 +160,9 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)(\..*)?")
+    for name in BITSANDBYTES_LINES:
+        standard.getLogger(name).addFilter(_worth_showing)
+
+
+def _worth_showing(record: Any) -> bool:
+    return not record.getMessage().startswith(BITSANDBYTES_LINES[record.name])

@@ -11,7 +11,7 @@ from conftest import example, tiny_model
 
 from weitiao.config import LoraSettings
 from weitiao.data.batch import trie_batch
-from weitiao.model.methods import lora
+from weitiao.model.methods import METHODS
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import leak, prove
 from weitiao.trie import build
@@ -86,7 +86,7 @@ def test_a_wrong_gradient_alone_is_caught(branching):
 
 
 def test_adapters_are_moved_for_the_proof_and_put_back(branching):
-    model = lora.attach(taught(), LoraSettings(rank=4), seed=0)
+    model = METHODS["lora"].attach(taught(), LoraSettings(rank=4), seed=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = torch.get_rng_state()
     model.eval()
@@ -99,7 +99,7 @@ def test_adapters_are_moved_for_the_proof_and_put_back(branching):
 
 
 def test_dropout_is_off_in_the_proof_and_on_again_after_it(branching):
-    model = lora.attach(taught("gpt2", attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), LoraSettings(dropout=0.5), seed=0)
+    model = METHODS["lora"].attach(taught("gpt2", attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), LoraSettings(dropout=0.5), seed=0)
     proof = prove(model, branching, torch.float32)
     assert proof.passed, proof.reason
     rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}

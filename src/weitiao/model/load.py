@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weitiao.config import ModelSettings
-from weitiao.errors import SourceError
-from weitiao.model import attention
+from weitiao.config import ModelSettings, Settings
+from weitiao.errors import SettingError, SourceError
+from weitiao.model import attention, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = (torch.bfloat16, torch.float16)
+LEAST_HALF_EPSILON = 1e-4  # 1e-6 still makes every weight NaN in a step or two; tiny Bloom and Llama, all weights trained
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # model.device_map: over all devices, as accelerate does it
 UNLIMITED = 1 << 20  # some tokenizers and configs say 1e30 where they mean "no limit"
 TRIE_LAYERS = {"full_attention", "sliding_attention"}
 ROPES_BY_LENGTH = {"dynamic", "longrope"}  # positions turn by an angle that depends on the longest row beside them
@@ -44,17 +48,27 @@ def load_config(folder: Path, settings: ModelSettings) -> Any:
                           _remote_code_advice(error)) from error
 
 
-def load_model(folder: Path, settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM in `folder`, in `dtype`, with the trie's attention where the family takes one.
+def load_model(
+    folder: Path, settings: ModelSettings, dtype: torch.dtype, compute: torch.dtype | None = None, device: Any = "cpu",
+) -> PreTrainedModel:
+    """The causal LM in `folder`, with the trie's attention where the family takes one.
+
+    Args:
+        dtype: in what weights that are not quantised are held, and those that are were held just before.
+        compute: what 4-bit weights are multiplied in; default: dtype.
+        device: where quantised weights go, unless model.device_map says otherwise. Others are left on the CPU.
 
     Raises:
         SourceError: it cannot be read, or the checkpoint lacks weights (transformers would make them up at random).
+        SettingError: it does not fit on the devices of model.device_map.
     """
     from transformers import AutoModelForCausalLM
 
+    bits = quantize.bits_config(settings, compute or dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True, output_loading_info=True,
+            quantization_config=bits, device_map=settings.device_map or ({"": device} if bits else None),
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise SourceError(f"The model in {folder} cannot be loaded.", _first_line(error), _remote_code_advice(error)) from error
@@ -65,9 +79,40 @@ def load_model(folder: Path, settings: ModelSettings, dtype: torch.dtype) -> Pre
             "Expected every weight of the model; random ones in their place would be trained and saved without a word.",
             "Fetch the checkpoint again, or check that config.json belongs to it.",
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SettingError(f"model.device_map={settings.device_map} leaves weights on the disk: they do not fit on the devices here.",
+                           "Expected all of them in memory.", "Choose model.quantize=nf4, or a smaller model.")
+    quantize.never_repack(model)
     if trie_obstacle(model) is None:
         model.set_attn_implementation(attention.register())
     return model
+
+
+def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """On `device`. Quantised and spread weights are where they belong already; what a method added to them may not be."""
+    inner = causal_lm(model)
+    if not (quantize.is_quantized(inner) or getattr(inner, "hf_device_map", None)):
+        return model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != device.type:
+            tensor.data = tensor.data.to(device)
+    return model
+
+
+def home(settings: ModelSettings) -> torch.device:
+    """Where batches go: the device that model.device_map names, else a GPU, else the CPU.
+
+    Raises:
+        SettingError: no such device is here.
+    """
+    name = settings.device_map
+    if name is None or name in SPREADS:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"model.device_map={name} is no device of this machine.",
+                           f"Expected {', '.join(SPREADS)}, or a device such as cpu or cuda:0.", _first_line(error)) from error
 
 
 def trie_obstacle(model: PreTrainedModel) -> str | None:
@@ -84,6 +129,8 @@ def trie_obstacle(model: PreTrainedModel) -> str | None:
         return f"it has layers of the kind {', '.join(sorted(strange))}"
     if getattr(config, "output_router_logits", False):
         return "its router loss depends on how rows are batched"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "it is spread over several devices"
     return None
 
 
@@ -95,11 +142,41 @@ def model_limit(config: Any) -> int:
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """What `training.precision` computes in; auto: bf16 on a GPU whose hardware has it, else fp32."""
-    if precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return DTYPES[precision]
+    """What `training.precision` computes in; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def trains_in_half(settings: ModelSettings, trains_all: bool, precision: str) -> bool:
+    """Are float16 weights themselves trained? Then they are computed in as they are: no autocast, and no loss scaling,
+    which would need gradients in float32."""
+    return trains_all and settings.dtype == "float16" and precision in ("auto", "fp16")
+
+
+def run_dtype(settings: Settings, trains_all: bool) -> torch.dtype:
+    """What a run computes in."""
+    precision = settings.training.precision
+    return torch.float16 if trains_in_half(settings.model, trains_all, precision) else compute_dtype(precision)
+
+
+def refuse_small_epsilon(settings: ModelSettings, trains_all: bool, optimizer: str, epsilon: float) -> None:
+    """Adam on float16 weights divides by next to nothing, and every weight is NaN after a step or two."""
+    if trains_all and settings.dtype == "float16" and "adam" in optimizer and epsilon < LEAST_HALF_EPSILON:
+        raise SettingError(
+            f"model.dtype=float16 trains weights in float16, with training.adam_epsilon={epsilon:g}.",
+            f"In float16 the squares of gradients below 0.0002 are 0, and {epsilon:g} is {float(torch.tensor(epsilon).half()):.2g}: "
+            "Adam divides by next to nothing, and weights become NaN.",
+            "training.adam_epsilon=1e-4 works; so does model.dtype=float32, at twice the memory, which learns better.",
+        )
+
+
+def is_mixed(model: torch.nn.Module, compute: torch.dtype) -> bool:
+    """Does it compute in half precision beside weights in float32 (autocast), or in what the weights are held in?"""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    return compute in HALVES and trained != {torch.float16}
 
 
 def weight_dtype(dtype: str, trains_all: bool, compute: torch.dtype) -> torch.dtype:

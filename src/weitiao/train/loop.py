@@ -18,21 +18,25 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
 
 from weitiao.config import Settings
 from weitiao.data.dataset import TrainingRow
 from weitiao.data.templates import Template
 from weitiao.errors import RunError, TrainingStopped
+from weitiao.model.methods.method import Method
 from weitiao.train.evaluation import answer_and_score, make_passes, mean_loss, questions
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
 from weitiao.train.optimizer import make_optimizer, make_scheduler, step_scheduler
+
+ENCODER = "encoder.safetensors"  # of a checkpoint: what training needs to go on and use does not
+MOST_SKIPPED = 20  # steps in a row; the scale of the loss begins at 65,536 and has then been halved to below 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Training:
     settings: Settings
     run: RunFolder | None
     model: torch.nn.Module
-    method: ModuleType
+    method: Method
     base: str
     template: Template
     rows: Sequence[TrainingRow]
@@ -97,15 +101,20 @@ class Training:
     best: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     saved_step: int = -1
+    skipped: int = 0  # steps in a row that overflowed float16
 
     def __post_init__(self) -> None:
         training = self.settings.training
         self.schedule = Schedule(len(self.rows), training.batch_size, training.seed, training.epochs, training.steps)
         self.plain_model = self.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.model, training, self.settings.learning_rate)
+        self.optimizer = make_optimizer(
+            self.model, training, self.settings.learning_rate,
+            rate_factor=lambda name: self.method.rate_factor(name, self.settings.method),
+        )
         self.scheduler = make_scheduler(self.optimizer, training, self.schedule.steps)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        # The model is where it belongs; quantised weights must not be moved.
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer, device_placement=[False, False])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
 
@@ -156,26 +165,31 @@ class Training:
         if not math.isfinite(loss):
             self._stop_at_row(step, indices, loss)
         limit = self.settings.training.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(norm):
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))  # of unscaled gradients
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise TrainingStopped(
                 f"Step {step}: the gradient is {norm}, with a loss of {loss:.4g}.",
                 "Expected finite numbers; the step was not taken, and no weight was changed by it.",
                 "Lower training.learning_rate, or compute in training.precision=fp32.",
             )
         rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        step_scheduler(self.scheduler, loss)
+        self.optimizer.step()  # under loss scaling: not taken where the gradient overflowed, and the scale is halved
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+        if not self.skipped:
+            step_scheduler(self.scheduler, loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step
         line = {
             "step": step, "epoch": round(self.schedule.epoch(step), 6), "loss": loss, "learning_rate": rate,
-            "grad_norm": norm, "rows": len(indices), "tokens": sum(len(e) for e in examples),
+            "grad_norm": norm if math.isfinite(norm) else None, **({"skipped": True} if self.skipped else {}),
+            "rows": len(indices), "tokens": sum(len(e) for e in examples),
             "nodes": sum(b["input_ids"].numel() for b in passes),
             "learned": sum(int((e.weights > 0).sum()) for e in examples),
         }
         self._record(line)
         self.listener.on_step(line, time.perf_counter() - began)
+        if self.skipped:
+            self.listener.on_message(skip_message(step, self.skipped, self.accelerator.scaler.get_scale()))
         return True
 
     def _should_stop(self) -> bool:
@@ -276,7 +290,11 @@ class Training:
 
     def _write(self, folder: Path) -> None:
         self.method.save(self.plain_model, folder / self.method.FOLDER, self.base)
+        if state := self.method.encoder_state(self.plain_model):
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / ENCODER)
         state = {"optimizer": self.optimizer.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        if self.accelerator.scaler is not None:
+            state |= {"scaler": self.accelerator.scaler.state_dict(), "skipped": self.skipped}
         torch.save(state, folder / "trainer.pt")
         write_text(folder / "progress.json", json.dumps({"step": self.step, "best": self.best}))
 
@@ -289,12 +307,33 @@ class Training:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was when the checkpoint was saved."""
         self.method.load(self.plain_model, checkpoint.path / self.method.FOLDER)
+        if (checkpoint.path / ENCODER).is_file():
+            self.method.load_encoder_state(self.plain_model, load_file(checkpoint.path / ENCODER))
         state = torch.load(checkpoint.path / "trainer.pt", map_location="cpu", weights_only=True)
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.skipped = state["skipped"]
         progress = checkpoint.progress()
         self.step, self.best = progress["step"], progress["best"]
         self.saved_step = self.step
+
+
+def skip_message(step: int, in_a_row: int, scale: float) -> str:
+    """What is told about a step whose gradients overflowed float16.
+
+    Raises:
+        TrainingStopped: too many in a row.
+    """
+    if in_a_row >= MOST_SKIPPED:
+        raise TrainingStopped(
+            f"Step {step}: the gradient overflowed float16 for the {in_a_row}th time in a row, the loss scaled by {scale:g}.",
+            "Expected a finite gradient at some scale; no weight was changed by these steps.",
+            "Lower training.learning_rate, or compute in training.precision=fp32 (bf16 where the hardware has it).",
+        )
+    return (f"Step {step}: the gradient overflowed float16, so no weight was changed and the learning rate did not move on; "
+            f"from now on the loss is scaled by {scale:g}.")
 
 
 def deal(passes: Sequence[dict[str, Any]], rank: int, world: int) -> tuple[list[dict[str, Any]], bool]:

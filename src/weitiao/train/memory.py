@@ -68,7 +68,7 @@ def bytes_per_node(model: torch.nn.Module, compute: torch.dtype, checkpointing: 
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    size = 2 if compute is torch.bfloat16 else 4
+    size = compute.itemsize
     layer = (16 * hidden + 5 * inner) * size
     kept = layers * hidden * size + layer if checkpointing else layers * layer
     return kept + (4 * 4 * config.vocab_size if layout == "padded" else 0)

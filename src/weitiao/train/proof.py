@@ -10,8 +10,8 @@ and other branches by 5e-3. So three things are measured, and each can fail:
                    tensor; tensors whose gradient is a thousandth of the largest count against that instead
 
 In train mode with every dropout at 0, so that what is proven is what trains; a method whose new weights start at zero has
-them moved for the moment, since half of its gradients would be zero by themselves. All is put back: weights, gradients,
-mode, random state.
+them moved for the moment, since half of its gradients would be zero by themselves; 8-bit layers multiply exactly, see
+`quantize.exact_products`. All is put back: weights, gradients, mode, random state.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import torch
 
 from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.model.attention import TrieUnsupported
+from weitiao.model.load import is_mixed
+from weitiao.model.quantize import exact_products
 from weitiao.train.loss import summed_loss
 from weitiao.trie import Example, Trie, build
 
@@ -34,8 +36,11 @@ LEAK_ROWS = 4  # of the shortest; a leaf's first, second and third neighbours ar
 TOKENS = 4_096  # of all of them together, so that a proof takes no longer than a few steps
 LONGEST = 2_048  # tokens; its logits alone are 400 MB for a vocabulary like SmolLM2's
 # (leak, nll, gradient) that a right model stays under. In float32 the trie differs from rows by rounding (1e-6); bf16's
-# own noise is 0.02 to 0.04 of a gradient. A leak is no rounding: other branches do not move at all.
-TOLERANCES = {torch.float64: (1e-9, 1e-6, 1e-5), torch.float32: (1e-5, 3e-4, 1e-3), torch.bfloat16: (1e-3, 0.5, 0.15)}
+# own noise is 0.02 to 0.04 of a gradient, fp16's an eighth of that. Packed weights add none: each product takes them back
+# to the compute type first. A leak is no rounding: other branches do not move at all.
+TOLERANCES = {torch.float64: (1e-9, 1e-6, 1e-5), torch.float32: (1e-5, 3e-4, 1e-3), torch.bfloat16: (1e-3, 0.5, 0.15),
+              torch.float16: (1e-3, 0.1, 0.05)}
+HALF_SCALE = 2.0**10  # of the loss under fp16, as in training, so that small gradients do not round to 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,11 @@ def prove(model: torch.nn.Module, examples: Sequence[Example], compute: torch.dt
     dtype = str(compute).removeprefix("torch.")
     held = {p.dtype for p in model.parameters() if p.is_floating_point()}
     tolerances = max(TOLERANCES.get(d, TOLERANCES[torch.bfloat16]) for d in {compute, *held})
-    autocast = torch.autocast(torch.device(device).type, dtype=compute, enabled=compute in (torch.bfloat16, torch.float16))
+    autocast = torch.autocast(torch.device(device).type, dtype=compute, enabled=is_mixed(model, compute))
     try:
         with _undisturbed(model), autocast:
-            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device))
+            scale = HALF_SCALE if compute is torch.float16 else 1.0
+            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device, scale))
     except TrieUnsupported as reason:
         return Proof(float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
     passed = all(value <= limit for value, limit in zip(measured, tolerances, strict=True))
@@ -123,12 +129,12 @@ def _hidden(model, trie: Trie, tokens: np.ndarray, device: str) -> torch.Tensor:
         return model(**batch, return_hidden=True).float()
 
 
-def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str) -> tuple[float, float]:
+def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, scale: float) -> tuple[float, float]:
     """(nll_max, grad_rel_max)."""
     nll_max = _nll_difference(model, trie, examples, device)
     weight = sum(float(e.weights.sum()) for e in examples)
-    by_trie = _gradients(model, [trie_batch(trie, device)], weight)
-    by_rows = _gradients(model, [padded_batch([e], pad_id=0, device=device) for e in examples], weight)
+    by_trie = _gradients(model, [trie_batch(trie, device)], weight, scale)
+    by_rows = _gradients(model, [padded_batch([e], pad_id=0, device=device) for e in examples], weight, scale)
     floor = 1e-3 * max((float(g.norm()) for g in by_rows.values()), default=0.0)
     relative = [
         float((by_trie[name] - grad).norm()) / max(float(grad.norm()), floor, 1e-30) for name, grad in by_rows.items()
@@ -168,12 +174,12 @@ def _path(trie: Trie, example: Example) -> list[int]:
     return path
 
 
-def _gradients(model, batches: Sequence[dict[str, Any]], weight: float) -> dict[str, torch.Tensor]:
+def _gradients(model, batches: Sequence[dict[str, Any]], weight: float, scale: float) -> dict[str, torch.Tensor]:
     """Gradients of the summed loss of all batches over `weight`, the examples' own, on the CPU."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
-        (summed_loss(model, batch) / weight).backward()
-    grads = {n: p.grad.detach().double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+        (summed_loss(model, batch) * (scale / weight)).backward()
+    grads = {n: p.grad.detach().double().cpu() / scale for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return grads
 
@@ -196,6 +202,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         torch.manual_seed(0)
         stack.enter_context(_without_dropout(model))
+        stack.enter_context(exact_products(model))
         zeros = [p for p in model.parameters() if p.requires_grad and not p.detach().any()]
         for parameter in zeros:
             parameter.data.normal_(std=0.02)

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +26,9 @@ from weitiao.data.packing import trie_passes
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
 from weitiao.model import load as loading
-from weitiao.model.methods import METHODS, count_parameters, trainable_summary
+from weitiao.model import quantize
+from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
+from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, resolve
 from weitiao.screen import Screen, StepLine, duration
 from weitiao.train import memory
@@ -36,6 +37,9 @@ from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unknown
 from weitiao.train.proof import Proof, prove
+
+
+PRECISION_NAMES = {dtype: name for name, dtype in loading.PRECISIONS.items()}
 
 
 @dataclass(eq=False)
@@ -48,7 +52,7 @@ class Job:
     data: Dataset
     eval_data: Dataset
     model: torch.nn.Module
-    method: ModuleType
+    method: Method
     accelerator: Any
     compute: torch.dtype
     obstacle: str | None
@@ -113,19 +117,24 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
 def prepare(settings: Settings, screen: Screen) -> Job:
     """Find the model, read the rows, load the weights, attach the method."""
     refuse_unknown(settings.training)
+    method = METHODS[settings.method.name]
+    loading.refuse_small_epsilon(settings.model, method.TRAINS_ALL, settings.training.optimizer, settings.training.adam_epsilon)
     accelerator = make_accelerator(settings)
     base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
+    quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
-    data, eval_data = read_rows(settings, template, model_config, screen)
-    compute = loading.compute_dtype(settings.training.precision)
-    method = METHODS[settings.method.name]
+    method = method_of(settings, template.tokenizer)
+    data, eval_data = read_rows(settings, method, template, model_config, screen)
+    compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
-    model = loading.load_model(base, settings.model, weights)
+    model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
     obstacle = loading.trie_obstacle(model)
     refuse_unsound(model, base)
     learn_on_tries(model)
-    model = method.attach(model, settings.method, settings.training.seed).to(accelerator.device)
+    examples = [example for row in data.rows for example in row.examples]
+    model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, examples)
+    model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
         turn_on_checkpointing(model)
     return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle)
@@ -138,18 +147,36 @@ def turn_on_checkpointing(model: torch.nn.Module) -> None:
 
 
 def make_accelerator(settings: Settings) -> Any:
+    home = loading.home(settings.model)
+    if home.type == "cuda" and home.index is not None:
+        torch.cuda.set_device(home)
+    trains_all = METHODS[settings.method.name].TRAINS_ALL
+    in_half = loading.trains_in_half(settings.model, trains_all, settings.training.precision)
+    return accelerator_for(torch.float32 if in_half else loading.run_dtype(settings, trains_all), cpu=home.type == "cpu")
+
+
+def accelerator_for(compute: torch.dtype, cpu: bool) -> Any:
+    """An accelerator that computes in `compute` beside weights in float32: autocast for halves, loss scaling for fp16."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # a second run in one process may compute in another precision
-    mixed = "bf16" if loading.compute_dtype(settings.training.precision) is torch.bfloat16 else "no"
-    return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=PRECISION_NAMES[compute].replace("fp32", "no"), cpu=cpu)
+    if compute is torch.float16 and accelerator.scaler is None:
+        # On a CPU accelerate (1.15) takes fp16 and computes in fp32 without a word, though torch has both of these.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler(accelerator.device.type)
+    return accelerator
 
 
-def read_rows(settings: Settings, template: Template, model_config: Any, screen: Screen) -> tuple[Dataset, Dataset]:
+def read_rows(
+    settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen,
+) -> tuple[Dataset, Dataset]:
     """(rows to learn from, rows to measure on)"""
-    facts = (settings.data, template, loading.model_limit(model_config), model_config.get_text_config().vocab_size,
-             settings.training.seed)
+    room = loading.model_limit(model_config) - method.virtual_tokens(settings.method, template.tokenizer)
+    vocabulary = model_config.get_text_config().vocab_size
+    if settings.tokens.add:
+        vocabulary = max(vocabulary, len(template.tokenizer))
+    facts = (settings.data, template, room, vocabulary, settings.training.seed)
     data = load(settings.data.train, *facts, progress=screen.progress)
     if settings.data.eval:
         # Its rows count alike: a weight column is the training rows' own.
@@ -161,10 +188,9 @@ def read_rows(settings: Settings, template: Template, model_config: Any, screen:
 
 
 def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise SourceError(f"The weight {name} in {base} holds numbers that are not finite.", "Expected finite weights.",
-                              "Fetch the checkpoint again.")
+    if name := quantize.unsound(model):
+        raise SourceError(f"The weight {name} in {base} holds numbers that are not finite.", "Expected finite weights.",
+                          "Fetch the checkpoint again.")
 
 
 def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
@@ -183,7 +209,7 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
         "training": training.model_copy(update={
             "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing,
             "learning_rate": job.settings.learning_rate,
-            "precision": "bf16" if job.compute is torch.bfloat16 else "fp32",
+            "precision": PRECISION_NAMES[job.compute],
         }),
     })
     return filled, proof
@@ -274,8 +300,9 @@ def show_job(job: Job, screen: Screen) -> None:
     settings, schedule = job.settings, schedule_of(job)
     nodes, tokens, steps = sharing(job, schedule)
     trainable, total = count_parameters(job.model)
+    held = loading.weight_dtype(settings.model.dtype, job.method.TRAINS_ALL, job.compute)
     rows: list[tuple[str, Any]] = [
-        ("model", f"{settings.model.name}, weights in {str(next(job.model.parameters()).dtype)[6:]}, computed in {str(job.compute)[6:]}"),
+        ("model", f"{settings.model.name}, weights in {quantize.describe(settings.model, held)}, computed in {str(job.compute)[6:]}"),
         ("method", f"{settings.method.name}, learning rate {settings.learning_rate:g}"),
         ("template", job.template.name if job.template.name != "auto" else "the tokenizer's own"),
         ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
@@ -289,6 +316,8 @@ def show_job(job: Job, screen: Screen) -> None:
         rows.append(("skipped", f"{_count(len(job.data.skipped), 'row')} that cannot teach:\n{skipped_summary(job.data.skipped)}"))
     screen.table("", rows)
     screen.tell(f"\n{trainable_summary(trainable, total)}\n")
+    for note in quantize.dtype_notes(job.model, job.compute):
+        screen.tell(note, style="yellow")
 
 
 def _count(number: int, noun: str) -> str:
@@ -346,7 +375,8 @@ def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
 def environment(job: Job) -> dict[str, Any]:
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+    packages = ["torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors"]
+    packages += ["bitsandbytes"] if quantize.is_quantized(job.model) else []
     return {
         "weitiao": __version__, "python": platform.python_version(), "platform": platform.platform(),
         **{name: version(name) for name in packages}, "device": memory.device_name(job.accelerator.device),

@@ -13,7 +13,7 @@ from weitiao.config import EvaluationSettings
 from weitiao.screen import Screen, duration, quiet_libraries
 from weitiao.train import train as training
 from weitiao.train.folder import RunFolder, free_name, write_text
-from weitiao.use.evaluate import measure, rows_to_measure, show, untuned
+from weitiao.use.evaluate import measure, rows_to_measure, show
 from weitiao.use.trained import open_trained
 
 ROWS = Path(example.__file__).parent
@@ -44,7 +44,7 @@ def demo(output: str) -> None:
     rows = rows_to_measure(trained, None, screen).rows
     asked = EvaluationSettings(batch_size=ANSWERS_AT_ONCE)
     screen.tell("\nAnswering the 60 held-out rows, untuned and tuned …")
-    with untuned(trained.model):
+    with trained.method.untuned(trained.model):
         before, base_scores = measure(trained, rows, asked, screen)
     after, tuned_scores = measure(trained, rows, asked, screen)
     write_text(run.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in after))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from weitiao import metrics
 from weitiao.config import EvaluationSettings, Source
 from weitiao.data.dataset import Dataset, TrainingRow, load, skipped_summary
 from weitiao.errors import RunError
-from weitiao.model import load as loading
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train import memory
 from weitiao.train.evaluation import answer_and_score, mean_loss, questions
@@ -28,7 +26,7 @@ def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_
     asked = EvaluationSettings(rows=rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
     results = {}
     if base:
-        with untuned(trained.model):
+        with trained.method.untuned(trained.model):
             _, results["base"] = measure(trained, measured.rows, asked, screen)
     samples, results["tuned"] = measure(trained, measured.rows, asked, screen)
     write_text(trained.run.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
@@ -39,8 +37,8 @@ def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_
 def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Dataset:
     """Rows of a file, else the run's data.eval, else the share it set aside."""
     settings = trained.settings
-    limits = loading.model_limit(trained.model.config), trained.model.config.get_text_config().vocab_size
-    common = dict(settings=settings.data, template=trained.template, model_limit=limits[0], vocabulary=limits[1],
+    common = dict(settings=settings.data, template=trained.template, model_limit=trained.row_limit,
+                  vocabulary=trained.model.config.get_text_config().vocab_size,
                   seed=settings.training.seed, max_tokens=settings.data.max_tokens, progress=screen.progress)
     if data or settings.data.eval:
         # Rows of their own count alike: a weight column is the training rows'.
@@ -79,20 +77,6 @@ def measure(
     with trained.autocast():
         samples, scores = answer_and_score(trained.model, trained.template, questions(rows), asked, screen.progress)
     return samples, {"loss": loss, "perplexity": metrics.perplexity(loss), **scores.as_dict()}
-
-
-@contextmanager
-def untuned(model: Any) -> Iterator[None]:
-    """The model as it was before it was tuned, for the block.
-
-    Raises:
-        RunError: every weight was trained, so the old ones are not there.
-    """
-    if not hasattr(model, "disable_adapter"):
-        raise RunError("This run trained the base itself.", "Expected an adapter that can be switched off.",
-                       "Measure it without --base.")
-    with model.disable_adapter():
-        yield
 
 
 def show(results: dict[str, dict[str, Any]], rows: int, screen: Screen) -> None:

@@ -1,21 +1,40 @@
-"""Adapter + base -> a plain model folder, proven before it is written."""
+"""Adapter + base -> a plain model folder, proven before it is written.
+
+A step of training is far below what 8 or 4 bits can tell apart, so nothing is ever merged into packed weights:
+
+    trained on     merged into (--base)     the merged model is
+    not quantised  the base                 the one that was trained
+    nf4, fp4       dequantized (default)    the one that was trained: the base's packed weights, taken out in float32
+                   original                 close to it: the adapter has learned beside other weights
+    int8           original (default)       close to it: 8 bits are near the original
+                   dequantized              as above; int8 rounds what comes in besides, which no plain model does
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from weitiao.config import Settings
+from weitiao.data.dataset import TrainingRow, load
 from weitiao.errors import RunError, SettingError
+from weitiao.model import quantize
 from weitiao.model.load import DTYPES, load_model
+from weitiao.model.methods import METHODS
 from weitiao.screen import Screen, quiet_libraries
-from weitiao.use.trained import Trained, open_trained
+from weitiao.train import memory
+from weitiao.train.evaluation import mean_loss
+from weitiao.train.folder import open_run
+from weitiao.use.trained import Trained, open_trained, unquantized
 
 PROMPTS = 16  # real rows that the merged model is held against
 # The largest difference of a logit and the least greedy agreement that a written model may show. In float32 a merge is a
@@ -33,18 +52,24 @@ class MergeProof:
     tokens: int
 
 
-def merge(path: str, output: str | None, dtype: str) -> None:
+def merge(path: str, output: str | None, dtype: str, base: str | None = None) -> None:
     """Write RUN/merged (or `output`): a model folder that needs neither PEFT nor weitiao."""
     quiet_libraries()
     screen = Screen()
     if dtype not in ("float32", "bfloat16"):
         raise SettingError(f"--dtype {dtype!r} is unknown.", "Expected float32 or bfloat16.")
-    trained = open_trained(path, screen, torch.float32)
-    target = Path(output) if output else trained.run.path / "merged"
+    run, _ = open_run(path)
+    target = Path(output) if output else run.path / "merged"
     if target.exists():
         raise RunError(f"{target} exists already.", "Expected a new folder.", "Remove it, or choose another: --output NAME.")
-    rows = proof_rows(trained, screen)
-    before = logits_of(trained.model, rows)
+    settings = run.settings()
+    METHODS[settings.method.name].refuse_merge()
+    base = base_to_merge_into(settings, base)
+    packed = as_trained(path, base, screen) if settings.model.quantize != "none" else None
+    trained = open_trained(path, screen, base)
+    refuse_packed(trained)
+    rows, device = proof_rows(trained), trained.device
+    before = packed.logits if packed and packed.logits else logits_of(trained.model, rows)
     merged = trained.method.merge(trained.model).to(DTYPES[dtype])
     staging = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
@@ -52,12 +77,16 @@ def merge(path: str, output: str | None, dtype: str) -> None:
         write(merged, trained, staging)
         del merged
         # What was written is what is proven: it is read back from the disk.
-        reloaded = load_model(staging, trained.settings.model, DTYPES[dtype])
+        reloaded = load_model(staging, unquantized(settings.model), DTYPES[dtype]).to(device)
         proof = compare(before, logits_of(reloaded, rows))
         measured = f"logits differ by at most {proof.logit_max:.2g}, the likeliest token agrees at {proof.greedy_agreement:.2%}"
         where = f"{proof.rows} rows, {proof.tokens:,} positions"
         screen.tell(f"Proven on {where}: {measured}." if dtype == "float32" else
                     f"Rounding every weight to bfloat16 has its price; on {where}, {measured}. In float32 nothing changes.")
+        if packed:
+            after = loss_of(reloaded, rows, trained.template.pad_id, nullcontext)
+            screen.tell(f"Loss on these rows: {packed.loss:.4f} as it was trained ({settings.model.quantize}), {after:.4f} merged "
+                        f"into the {base} base ({after - packed.loss:+.4f}).")
         logit_limit, agreement_limit = LIMITS[DTYPES[dtype]]
         if not (proof.logit_max <= logit_limit and proof.greedy_agreement >= agreement_limit):
             raise RunError("The merged model is not the one that was trained; it is not kept.",
@@ -71,6 +100,46 @@ def merge(path: str, output: str | None, dtype: str) -> None:
     screen.tell(f"The merged model is in {target} ({dtype}); it loads with transformers, vLLM and others as it stands.")
 
 
+def base_to_merge_into(settings: Settings, asked: str | None) -> str:
+    """original or dequantized, as asked, else as the table above has it.
+
+    Raises:
+        SettingError: it is neither, or there is nothing to take out of its packing.
+    """
+    quantized = settings.model.quantize != "none"
+    if asked not in (None, "original", "dequantized"):
+        raise SettingError(f"--base {asked!r} is unknown.", "Expected original or dequantized.")
+    if asked == "dequantized" and not quantized:
+        raise SettingError("--base dequantized: this run's base was not quantised.", "Expected model.quantize to be int8, nf4 or fp4.",
+                           "Leave the option out.")
+    return asked or ("dequantized" if settings.model.quantize in quantize.FOUR_BITS else "original")
+
+
+def refuse_packed(trained: Trained) -> None:
+    if quantize.is_quantized(trained.model):
+        raise RunError(f"{trained.settings.model.name} was published in packed weights; what was learned would round away in them.",
+                       "Expected a base of which there are plain weights.",
+                       "Use the run as it is (weitiao chat, generate, evaluate), or train on the plain model with model.quantize.")
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """What the quantised model that was trained says about the rows of the proof."""
+
+    loss: float  # in the run's own precision
+    logits: list[torch.Tensor] | None  # in float32, where a plain model can equal them
+
+
+def as_trained(path: str, base: str, screen: Screen) -> Packed:
+    trained = open_trained(path, screen)
+    rows = proof_rows(trained)
+    loss = loss_of(trained.model, rows, trained.template.pad_id, trained.autocast)
+    if base == "original" or trained.settings.model.quantize not in quantize.FOUR_BITS:
+        return Packed(loss, None)
+    quantize.to_float32(trained.model)
+    return Packed(loss, logits_of(trained.model, rows))
+
+
 def write(merged: torch.nn.Module, trained: Trained, folder: Path) -> None:
     """Weights, config, tokenizer, the template that was trained with, and the ids that stop it."""
     merged.generation_config.eos_token_id = trained.template.stop_ids
@@ -79,28 +148,30 @@ def write(merged: torch.nn.Module, trained: Trained, folder: Path) -> None:
     trained.template.tokenizer.save_pretrained(folder)
 
 
-def proof_rows(trained: Trained, screen: Screen) -> list[np.ndarray]:
-    """Ids of rows the run was trained or measured on."""
-    from weitiao.data.dataset import load
-    from weitiao.model.load import model_limit
-
+def proof_rows(trained: Trained) -> list[TrainingRow]:
+    """Rows the run was trained or measured on."""
     settings = trained.settings
     sources = settings.data.eval or settings.data.train
     data = load(
-        sources, settings.data, trained.template, model_limit(trained.model.config),
+        sources, settings.data, trained.template, trained.row_limit,
         trained.model.config.get_text_config().vocab_size, settings.training.seed, settings.data.max_tokens,
     )
-    return [row.examples[-1].ids for row in data.rows[:PROMPTS]]
+    return data.rows[:PROMPTS]
 
 
-def logits_of(model: torch.nn.Module, rows: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """Logits [T, V] of each row alone, float32, on the CPU."""
+def loss_of(model: torch.nn.Module, rows: Sequence[TrainingRow], pad_id: int, autocast: Callable[[], Any]) -> float:
+    device = next(model.parameters()).device
+    return mean_loss(model, rows, "padded", memory.LEAST_NODES, pad_id, device, autocast)
+
+
+def logits_of(model: torch.nn.Module, rows: Sequence[TrainingRow]) -> list[torch.Tensor]:
+    """Logits [T, V] of each row's last example alone, float32, on the CPU."""
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode():
         return [
-            model(input_ids=torch.from_numpy(ids.astype(np.int64))[None].to(device), use_cache=False).logits[0].float().cpu()
-            for ids in rows
+            model(input_ids=torch.from_numpy(row.examples[-1].ids.astype(np.int64))[None].to(device), use_cache=False).logits[0].float().cpu()
+            for row in rows
         ]
 
 

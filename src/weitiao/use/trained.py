@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from weitiao.config import Settings
+from weitiao.config import ModelSettings, Settings
 from weitiao.data.templates import Template
 from weitiao.errors import RunError
 from weitiao.model import load as loading
-from weitiao.model.methods import METHODS
+from weitiao.model import quantize
+from weitiao.model.methods import METHODS, method_of
+from weitiao.model.methods.method import Method
 from weitiao.model.source import resolve
 from weitiao.screen import Screen
 from weitiao.train.folder import RunFolder, open_run
@@ -28,7 +29,7 @@ class Trained:
     settings: Settings
     base: Path
     template: Template
-    method: ModuleType
+    method: Method
     model: torch.nn.Module
     compute: torch.dtype
 
@@ -36,26 +37,34 @@ class Trained:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def row_limit(self) -> int:
+        """The longest row, in tokens, beside the places that the method takes."""
+        return loading.model_limit(self.model.config) - self.method.virtual_tokens(self.settings.method, self.template.tokenizer)
+
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=loading.is_mixed(self.model, self.compute))
 
 
-def open_trained(path: str, screen: Screen, dtype: torch.dtype | None = None) -> Trained:
-    """Load RUN or RUN/checkpoints/N in eval mode, in the precision it was trained in unless `dtype` says otherwise.
+def open_trained(path: str, screen: Screen, base: str = "trained") -> Trained:
+    """Load RUN or RUN/checkpoints/N in eval mode.
+
+    base: under what was learned, `trained`: the base as it was in training, weights and precision;
+        `original`: in float32, not quantised; `dequantized`: in float32, with the weights that training computed with.
 
     Raises:
         RunError: no such run, nothing learned yet, or a template that was changed since.
     """
     run, weights = open_run(path)
     settings = run.settings()
-    base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
-    template = stored_template(run, loading.load_tokenizer(base, settings.model))
-    compute = loading.compute_dtype(settings.training.precision)
-    method = METHODS[settings.method.name]
-    held = dtype or loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
-    model = loading.load_model(base, settings.model, held)
+    folder = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
+    template = stored_template(run, loading.load_tokenizer(folder, settings.model))
+    method = method_of(settings, template.tokenizer)
+    quantize.refuse_unfit(settings.model, loading.load_config(folder, settings.model), method.TRAINS_ALL)
+    device = loading.home(settings.model)
+    model, compute = load_base(folder, settings, base, device)
     learn_on_tries(model)
-    model = method.attach(model, settings.method, settings.training.seed)
+    model = method.attach(model, settings.method, settings.training.seed, template.tokenizer)
     try:
         method.load(model, weights / method.FOLDER)
     except (OSError, SafetensorError, RuntimeError, AssertionError) as error:
@@ -63,8 +72,24 @@ def open_trained(path: str, screen: Screen, dtype: torch.dtype | None = None) ->
         raise RunError(f"What was learned cannot be read from {weights / method.FOLDER}: {str(error).splitlines()[0]}",
                        "Expected the files as training left them.",
                        f"Use a checkpoint: {run.path}/checkpoints/N, N one of {steps}.") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(run, weights, settings, base, template, method, model.to(device).eval(), compute)
+    return Trained(run, weights, settings, folder, template, method, loading.place(model, device).eval(), compute)
+
+
+def load_base(folder: Path, settings: Settings, base: str, device: torch.device) -> tuple[torch.nn.Module, torch.dtype]:
+    """(the model before its method is attached, what it computes in); see `open_trained`."""
+    trains_all = METHODS[settings.method.name].TRAINS_ALL
+    compute = loading.run_dtype(settings, trains_all)
+    held = loading.weight_dtype(settings.model.dtype, trains_all, compute)
+    if base == "trained":
+        return loading.load_model(folder, settings.model, held, compute, device), compute
+    plain = loading.load_model(folder, unquantized(settings.model), torch.float32)
+    if base == "dequantized":
+        quantize.unpack_into(plain, loading.load_model(folder, settings.model, held, compute, device))
+    return plain, torch.float32
+
+
+def unquantized(settings: ModelSettings) -> ModelSettings:
+    return settings.model_copy(update={"quantize": "none", "device_map": None})
 
 
 def stored_template(run: RunFolder, tokenizer: Any) -> Template:

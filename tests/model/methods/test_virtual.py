@@ -11,7 +11,7 @@ from weitiao.errors import SettingError
 from weitiao.model import attention
 from weitiao.model.generate import batches_of, padding_shows, room
 from weitiao.model.methods import METHODS, count_parameters
-from weitiao.model.methods.virtual import COMMON, keys_and_values, spread, start_ids, with_places
+from weitiao.model.methods.virtual import COMMON, demonstrations, keys_and_values, spread, start_ids, with_places
 from weitiao.train.loss import learn_on_tries
 from weitiao.trie import build
 
@@ -196,3 +196,18 @@ def test_a_prefix_is_laid_out_as_peft_lays_it_out():
     assert len(pairs) == 2 and pairs[0][0].shape == (1, 2, 4, 8)
     flat = model.virtual().view(4, 4, 2, 8)  # [V, layers * 2, heads, d]
     assert torch.equal(pairs[1][1][0], flat[:, 3].transpose(0, 1))
+
+
+def test_they_begin_as_rows_with_their_answers_those_with_another_answer_first():
+    rows = [example([5, 6, 9], 2), example([5, 7, 9], 2), example([5, 8, 10], 2), example([5, 6, 7, 8, 5, 6, 7, 8], 6)]
+    for seed in range(8):
+        start = demonstrations(rows, 7, seed)
+        assert len(start) == 7
+        whole = {tuple(start[-3:]), tuple(start[-6:-3])}
+        assert {row[-1] for row in whole} == {9, 10} and whole <= {(5, 6, 9), (5, 7, 9), (5, 8, 10)}
+    assert demonstrations(rows[:1], 7, 0) == [5, 6, 9]
+    assert demonstrations(rows[3:], 5, 0) == [8, 5, 6, 7, 8]  # the end of a row that is too long
+    assert demonstrations([], 5, 0) == []
+    model = tiny_model()
+    assert start_ids(PromptSettings(), 5, None, model, 0, rows[:1]).tolist()[-3:] == [5, 6, 9]
+    assert len(start_ids(PromptSettings(), 5, None, model, 0, rows[:1])) == 5

@@ -15,6 +15,7 @@ from weitiao.model.methods.method import Method
 from weitiao.model.methods.prefix import Prefix
 from weitiao.model.methods.prompt import Prompt
 from weitiao.model.methods.ptuning import Ptuning
+from weitiao.model.quantize import true_numel
 
 METHODS: dict[str, Method] = {
     "lora": Lora(), "full": Full(), "prompt": Prompt(), "ptuning": Ptuning(), "prefix": Prefix(),
@@ -34,6 +35,6 @@ def trainable_summary(trainable: int, total: int) -> str:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """(trainable, all), each shared weight once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trainable, all), each shared weight once, and packed ones as many as they stand for."""
+    sizes = [(true_numel(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from weitiao.config import AdapterSettings
-from weitiao.errors import RunError
 from weitiao.model.methods.layers import sublayer_ends, width
 from weitiao.model.methods.method import Method
 
@@ -51,7 +50,10 @@ class Bottleneck(nn.Module):
 
 @final
 class Adapter(Method):
-    def attach(self, model, settings: AdapterSettings, seed: int, tokenizer=None):
+    WHY_NOT_MERGED = "Bottleneck adapters cannot be merged: between down and up is a nonlinearity, which no weight can take in."
+    HOW_LOADED = "They are loaded beside the base: weitiao chat, generate and evaluate do so from the run folder."
+
+    def attach(self, model, settings: AdapterSettings, seed: int, tokenizer=None, examples=()):
         kinds = ("attention", "mlp") if settings.style == "houlsby" else ("mlp",)
         ends = [linear for kind in kinds for linear in sublayer_ends(model, kind).values()]
         model.requires_grad_(False)
@@ -92,13 +94,6 @@ class Adapter(Method):
         finally:
             for module in bottlenecks:
                 module.enabled = True
-
-    def merge(self, model):
-        raise RunError(
-            "Bottleneck adapters cannot be merged: between down and up is a nonlinearity, which no weight can take in.",
-            "Expected lora, ia3, bitfit or full.",
-            "weitiao chat, generate and evaluate load it from the run folder, beside its base.",
-        )
 
 
 def _through_bottleneck(linear: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

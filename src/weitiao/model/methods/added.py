@@ -55,14 +55,15 @@ class WithTokens(Method):
     def __init__(self, method: Method, ids: Sequence[int]):
         self.method, self.ids = method, list(ids)
         self.FOLDER, self.TRAINS_ALL = method.FOLDER, method.TRAINS_ALL
+        self.WHY_NOT_MERGED, self.HOW_LOADED = method.WHY_NOT_MERGED, method.HOW_LOADED
         self.untuned, self.virtual_tokens, self.rate_factor = method.untuned, method.virtual_tokens, method.rate_factor
         self.encoder_state, self.load_encoder_state = method.encoder_state, method.load_encoder_state
 
-    def attach(self, model, settings, seed: int, tokenizer=None):
+    def attach(self, model, settings, seed: int, tokenizer=None, examples=()):
         make_room(model, self.ids)
         model.added_token_indices = token_indices(model, self.ids)
         whole = model
-        model = self.method.attach(model, settings, seed, tokenizer)
+        model = self.method.attach(model, settings, seed, tokenizer, examples)
         if self.TRAINS_ALL and not whole.get_input_embeddings().weight.requires_grad:
             name = next(name for name, p in whole.named_parameters() if p is whole.get_input_embeddings().weight)
             raise SettingError("tokens.add: the embedding, which holds the new rows, is frozen.", "Expected it among the trained weights.",

@@ -53,7 +53,7 @@ class Bias:
 class Bitfit(Method):
     """The model's attribute `bitfit` says what is trained: full name -> Bias, every bias of the model."""
 
-    def attach(self, model, settings: BitfitSettings, seed: int, tokenizer=None):
+    def attach(self, model, settings: BitfitSettings, seed: int, tokenizer=None, examples=()):
         model.requires_grad_(False)
         added = add_biases(model, settings) if settings.add_bias else set()
         names = [name for name, _ in model.named_parameters() if name.endswith("bias")]

@@ -28,7 +28,7 @@ class Full(Method):
     FOLDER = "model"
     TRAINS_ALL = True
 
-    def attach(self, model, settings: FullSettings, seed: int, tokenizer=None):
+    def attach(self, model, settings: FullSettings, seed: int, tokenizer=None, examples=()):
         chosen = chosen_parameters(model, settings)
         model.requires_grad_(False)
         for parameter in chosen.values():

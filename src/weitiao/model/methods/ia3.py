@@ -21,7 +21,7 @@ from weitiao.model.methods.method import Method
 
 @final
 class Ia3(Method):
-    def attach(self, model, settings: Ia3Settings, seed: int, tokenizer=None):
+    def attach(self, model, settings: Ia3Settings, seed: int, tokenizer=None, examples=()):
         from peft import IA3Config, get_peft_model
 
         outputs, inputs = rescaled(model, settings)

@@ -28,7 +28,7 @@ PISSA = "pissa_niter_16"  # by a randomised SVD of 16 iterations, seconds in the
 class Lora(Method):
     CARRIES_TOKENS = True
 
-    def attach(self, model, settings: LoraSettings, seed: int, tokenizer=None):
+    def attach(self, model, settings: LoraSettings, seed: int, tokenizer=None, examples=()):
         from peft import get_peft_model
 
         if settings.init == "pissa":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from weitiao.errors import RunError
+from weitiao.trie import Example
 
 
 class Method(ABC):
@@ -18,18 +19,23 @@ class Method(ABC):
 
     FOLDER: where a run keeps what was learned, adapter/ or model/.
     TRAINS_ALL: does it train weights of the base itself? Those are then held in float32.
-    MERGES: can what was learned be folded into plain weights?
+    WHY_NOT_MERGED, HOW_LOADED: sentences, where what was learned cannot be folded into plain weights.
     CARRIES_TOKENS: does its own file hold the rows of `model.added_token_indices`?
     """
 
     FOLDER = "adapter"
     TRAINS_ALL = False
-    MERGES = True
+    WHY_NOT_MERGED = ""
+    HOW_LOADED = ""
     CARRIES_TOKENS = False
 
     @abstractmethod
-    def attach(self, model: torch.nn.Module, settings: Any, seed: int, tokenizer: Any = None) -> torch.nn.Module:
+    def attach(
+        self, model: torch.nn.Module, settings: Any, seed: int, tokenizer: Any = None, examples: Sequence[Example] = (),
+    ) -> torch.nn.Module:
         """Add what is trained, freeze the rest; new weights are float32 and come from `seed`.
+
+        examples: the rows that will be learned from, where a method begins as some of them; none where it is only used.
 
         model: a causal LM of transformers that `learn_on_tries` has taught the keyword `trie`; it may be changed in place.
         Raises SettingError if the method does not suit the model.
@@ -51,12 +57,12 @@ class Method(ABC):
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         """A plain causal LM that computes the same. The base is held in plain weights, not quantised."""
-        raise RunError(
-            "This method changes no weight of the base, so there is nothing to merge.",
-            "Expected lora, ia3, bitfit or full.",
-            "What it learned is loaded beside the base: weitiao chat, generate and evaluate do so from the run folder; "
-            "elsewhere, PeftModel.from_pretrained(base, 'RUN/adapter').",
-        )
+        raise NotImplementedError(f"{type(self).__name__} has WHY_NOT_MERGED or a merge of its own")
+
+    def refuse_merge(self) -> None:
+        """Told before anything is loaded, if what was learned cannot be folded into plain weights."""
+        if self.WHY_NOT_MERGED:
+            raise RunError(self.WHY_NOT_MERGED, "Expected a run of lora, ia3, bitfit or full.", self.HOW_LOADED)
 
     def virtual_tokens(self, settings: Any, tokenizer: Any) -> int:
         """How many places before every row it takes."""

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -33,8 +34,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from weitiao.config import VirtualSettings
 from weitiao.errors import SettingError
 from weitiao.model.methods.method import Method
+from weitiao.trie import Example
 
-PLACES = 20  # virtual tokens, where nobody says how many
+PLACES = 64  # virtual tokens, where nobody says how many; on a trie they are computed once a pass, not once a row
 COMMON = 5_000  # "vocabulary" draws from the first so many ids: vocabularies are made with the frequent pieces first (Lester et al., section 3.2)
 
 
@@ -103,12 +105,18 @@ class Network(nn.Module):
 class VirtualMethod(Method):
     """attach, save and load of a method that puts virtual tokens before every row."""
 
-    def attach(self, model, settings: VirtualSettings, seed: int, tokenizer=None):
+    WHY_NOT_MERGED = "Virtual tokens change no weight of the base, so there is nothing to merge."
+    HOW_LOADED = (
+        "They are loaded beside the base: weitiao chat, generate and evaluate do so from the run folder; elsewhere, "
+        "PeftModel.from_pretrained(base, 'RUN/adapter')."
+    )
+
+    def attach(self, model, settings: VirtualSettings, seed: int, tokenizer=None, examples=()):
         model.requires_grad_(False)
         torch.manual_seed(seed)
         places = self.virtual_tokens(settings, tokenizer)
         config = self.peft_config(model, settings, places)
-        ids = None if settings.init == "random" else start_ids(settings, places, tokenizer, model, seed)
+        ids = None if settings.init == "random" else start_ids(settings, places, tokenizer, model, seed, examples)
         model.virtual_places = places
         model.virtual = self.make(model, settings, config, ids).to(model.get_input_embeddings().weight.device)
         model.virtual_config = config
@@ -179,22 +187,47 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def start_ids(settings: VirtualSettings, places: int, tokenizer: Any, model: nn.Module, seed: int) -> torch.Tensor:
-    """int64 [places]: tokens drawn from the vocabulary; the text, if there is one, last of all, next to the row.
+def start_ids(
+    settings: VirtualSettings, places: int, tokenizer: Any, model: nn.Module, seed: int, examples: Sequence[Example] = (),
+) -> torch.Tensor:
+    """int64 [places]: the text, or rows with their answers, last of all, next to the row; before them tokens drawn from the vocabulary.
 
     Raises:
         SettingError: the text has more tokens than there are places (PEFT would cut it without a word).
     """
-    text = text_ids(settings.text, tokenizer) if settings.text is not None else []
-    if len(text) > places:
-        raise SettingError(f"method.text has {len(text)} tokens, method.virtual_tokens is {places}.", "Expected room for all of the text.",
-                           f"Leave method.virtual_tokens out, or set it to {len(text)} or more.")
+    start = text_ids(settings.text, tokenizer) if settings.text is not None else []
+    if len(start) > places:
+        raise SettingError(f"method.text has {len(start)} tokens, method.virtual_tokens is {places}.", "Expected room for all of the text.",
+                           f"Leave method.virtual_tokens out, or set it to {len(start)} or more.")
+    if settings.init == "rows":
+        start = demonstrations(examples, places, seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = set(getattr(tokenizer, "all_special_ids", ()))
     ordinary = torch.tensor([i for i in range(min(COMMON, vocabulary)) if i not in special], device="cpu")
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    drawn = ordinary[torch.randint(len(ordinary), (places - len(text),), generator=generator, device="cpu")]
-    return torch.cat([drawn, torch.tensor(text, dtype=torch.long, device="cpu")])
+    drawn = ordinary[torch.randint(len(ordinary), (places - len(start),), generator=generator, device="cpu")]
+    return torch.cat([drawn, torch.tensor(start, dtype=torch.long, device="cpu")])
+
+
+def demonstrations(examples: Sequence[Example], places: int, seed: int) -> list[int]:
+    """Ids of rows with their answers, at most `places`: examples to go by, as in-context learning has them, which are then trained on.
+
+    Whole rows, those with another answer than the ones before first; in the room that is left, the end of one more.
+    """
+    order = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
+    chosen: list[Example] = []
+    answers: set[bytes] = set()
+    left = places
+    for another in (True, False):
+        for example in order:
+            answer = example.ids[example.weights > 0].tobytes()
+            if len(example) <= left and not (another and answer in answers) and not any(example is c for c in chosen):
+                chosen.append(example)
+                answers.add(answer)
+                left -= len(example)
+    rest = next((e for e in order if not any(e is c for c in chosen)), None)
+    ends = [] if rest is None or left == 0 else rest.ids[-left:].tolist()
+    return ends + [int(i) for example in chosen for i in example.ids]
 
 
 def spread(values: torch.Tensor) -> float:
