@@ -201,7 +201,7 @@ class PromptSettings(VirtualSettings):
 
     @property
     def learning_rate(self) -> float:
-        return 0.1
+        return 0.02
 
 
 class PtuningSettings(VirtualSettings):
@@ -215,7 +215,7 @@ class PtuningSettings(VirtualSettings):
 
     @property
     def learning_rate(self) -> float:
-        return 3e-3
+        return 1e-3
 
 
 class PrefixSettings(VirtualSettings):
@@ -227,7 +227,7 @@ class PrefixSettings(VirtualSettings):
 
     @property
     def learning_rate(self) -> float:
-        return 1e-3 if self.projection else 0.05
+        return 1e-3 if self.projection else 0.02
 
 
 METHODS: tuple[type[Group], ...] = (

@@ -467,8 +467,8 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
     rows.append(("run folder", str(run.path)))
     screen.table("", rows)
     rows_to_measure = "" if len(job.eval_data) else " --data rows.jsonl"
-    screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}\n"
-                f"Merge it:     weitiao merge {run.path}")
+    merge = f"\nMerge it:     weitiao merge {run.path}" if not job.method.WHY_NOT_MERGED else ""
+    screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}{merge}")
 
 
 @contextlib.contextmanager

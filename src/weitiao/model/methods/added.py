@@ -15,6 +15,7 @@ from typing import Any, final
 
 import torch
 
+from weitiao.config import LoraSettings
 from weitiao.errors import SettingError
 from weitiao.model.methods.method import Method
 
@@ -56,7 +57,7 @@ class WithTokens(Method):
         self.method, self.ids = method, list(ids)
         self.FOLDER, self.TRAINS_ALL = method.FOLDER, method.TRAINS_ALL
         self.WHY_NOT_MERGED, self.HOW_LOADED = method.WHY_NOT_MERGED, method.HOW_LOADED
-        self.untuned, self.virtual_tokens, self.rate_factor = method.untuned, method.virtual_tokens, method.rate_factor
+        self.untuned, self.virtual_tokens = method.untuned, method.virtual_tokens
         self.encoder_state, self.load_encoder_state = method.encoder_state, method.load_encoder_state
 
     def attach(self, model, settings, seed: int, tokenizer=None, examples=()):
@@ -92,6 +93,12 @@ class WithTokens(Method):
     def merge(self, model):
         model = self.method.merge(model)
         return model if self._carried else merge_rows(model)
+
+    def rate_factor(self, name: str, settings) -> float:
+        """Rows learn as fast as LoRA has them learn, whatever the unit of the method's own rate."""
+        if "trainable_tokens_delta" in name:
+            return LoraSettings().learning_rate / settings.learning_rate
+        return self.method.rate_factor(name, settings)
 
     @property
     def _carried(self) -> bool:

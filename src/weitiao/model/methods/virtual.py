@@ -264,13 +264,12 @@ def embed_first(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         inputs = {"past_key_values": past_key_values, **({"trie": trie} if trie is not None else {}), **more}
         if not virtual.on:
             return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **inputs)
-        made = virtual()
-        places = len(made)
+        places = model.virtual_places
         if past_key_values is not None and past_key_values.get_seq_length() > 0:  # they are in the cache already
             return forward(input_ids, attention_mask=with_places(attention_mask, places), inputs_embeds=inputs_embeds,
                            **_positions(position_ids, places, takes_positions), **inputs)
         embeds = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        made = made.to(embeds)[None].expand(len(embeds), -1, -1)
+        made = virtual().to(embeds)[None].expand(len(embeds), -1, -1)
         width = embeds.shape[1]
         if trie is not None:
             inputs["trie"] = trie.under(places)
@@ -358,7 +357,7 @@ def cache_first(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         inputs = {**({"trie": trie} if trie is not None else {}), **more}
         if not virtual.on:
             return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **inputs)
-        places = len(virtual())
+        places = model.virtual_places
         if past_key_values is None:
             past_key_values = Cache(layers=[PrefixLayer(*pair) for pair in keys_and_values(model)])
         elif past_key_values.get_seq_length() == 0:  # generate's own: it is filled, and grows
