@@ -33,6 +33,13 @@ class Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _refuse_idle(group: Group, needed: str, has_it: bool, *names: str) -> None:
+    """A setting that would do nothing is refused, with what it goes with."""
+    for name in names:
+        if not has_it and getattr(group, name) != type(group).model_fields[name].default:
+            raise ValueError(f"{name} goes with {needed}, and would do nothing here")
+
+
 def _name_alone(value: Any) -> Any:
     """`method: lora` is short for `method: {name: lora}`."""
     return {"name": value} if isinstance(value, str) else value
@@ -78,6 +85,12 @@ class ModelSettings(Group):
     double_quantize: bool = setting(True, "nf4, fp4: quantise the scales too, 0.4 bits less a weight")
     int8_threshold: float = setting(6.0, "int8: inputs larger than this go through a 16-bit product; 0: none do", ge=0)
     device_map: str | None = setting(None, "spread the frozen weights over devices as accelerate does: auto, balanced, sequential or a device; default: one device a process")
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> ModelSettings:
+        _refuse_idle(self, "quantize=nf4 or fp4", self.quantize in ("nf4", "fp4"), "double_quantize")
+        _refuse_idle(self, "quantize=int8", self.quantize == "int8", "int8_threshold")
+        return self
 
 
 class DataSettings(Group):
@@ -137,6 +150,11 @@ class BitfitSettings(Group):
     name: Literal["bitfit"] = setting("bitfit", "which method")
     add_bias: bool = setting(False, "give the linear layers that have no bias one that begins at 0, and train it too")
     targets: Targets = setting("all-linear", "add_bias: names of the linear layers that get one")
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> BitfitSettings:
+        _refuse_idle(self, "add_bias=true", self.add_bias, "targets")
+        return self
 
     @property
     def learning_rate(self) -> float:
@@ -201,7 +219,7 @@ class PromptSettings(VirtualSettings):
 
     @property
     def learning_rate(self) -> float:
-        return 0.02
+        return 0.05
 
 
 class PtuningSettings(VirtualSettings):
@@ -212,6 +230,12 @@ class PtuningSettings(VirtualSettings):
     encoder_hidden: int | None = setting(None, "its inner width; default: the model's", ge=1)
     encoder_layers: int = setting(2, "layers of the lstm; the mlp has two", ge=1)
     encoder_dropout: float = setting(0.0, "dropout between layers of the lstm", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> PtuningSettings:
+        _refuse_idle(self, "encoder=lstm", self.encoder == "lstm", "encoder_layers", "encoder_dropout")
+        _refuse_idle(self, "encoder_layers=2 or more", self.encoder_layers > 1, "encoder_dropout")
+        return self
 
     @property
     def learning_rate(self) -> float:
@@ -224,6 +248,11 @@ class PrefixSettings(VirtualSettings):
     name: Literal["prefix"] = setting("prefix", "which method")
     projection: bool = setting(False, "a small network makes keys and values, and is trained in their place")
     projection_hidden: int | None = setting(None, "its inner width; default: the model's", ge=1)
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> PrefixSettings:
+        _refuse_idle(self, "projection=true", self.projection, "projection_hidden")
+        return self
 
     @property
     def learning_rate(self) -> float:
@@ -243,7 +272,7 @@ Method = Annotated[
 
 
 class TokensSettings(Group):
-    add: list[str] = setting([], "special tokens that the tokenizer shall know; their rows of the embedding are trained, whatever the method")
+    add: list[str] = setting([], "new tokens that the tokenizer shall take whole, such as <think>; their rows of the embedding are trained, whatever the method")
 
 
 class TrainingSettings(Group):

@@ -136,16 +136,17 @@ def test_a_resumed_fp16_run_is_the_uninterrupted_one_skipped_steps_included(toke
 
 
 def test_float16_weights_train_only_with_an_epsilon_that_float16_knows(tokenizer, folder):
-    def settings(epsilon):
-        return config.parse({"data": "x", "method": "full", "model": {"dtype": "float16"}, "training": {"adam_epsilon": epsilon}})
+    def settings(epsilon, **more):
+        return config.parse({"data": "x", "method": "full", "model": {"dtype": "float16"}, "training": {"adam_epsilon": epsilon, **more}})
 
     for epsilon in (1e-8, 1e-6, 9e-5):
-        made = settings(epsilon)
         with pytest.raises(SettingError, match="training.adam_epsilon=1e-4 works"):
-            loading.refuse_small_epsilon(made.model, True, made.training.optimizer, epsilon)
-    loading.refuse_small_epsilon(settings(1e-4).model, True, "adamw_torch", 1e-4)
-    loading.refuse_small_epsilon(settings(1e-8).model, False, "adamw_torch", 1e-8)  # adapters are float32
-    loading.refuse_small_epsilon(settings(1e-8).model, True, "sgd", 1e-8)
+            loading.refuse_unfit_half(settings(epsilon), True)
+    loading.refuse_unfit_half(settings(1e-4), True)
+    loading.refuse_unfit_half(settings(1e-8), False)  # adapters are float32
+    loading.refuse_unfit_half(settings(1e-8, optimizer="sgd"), True)
+    with pytest.raises(SettingError, match="computes in another type"):
+        loading.refuse_unfit_half(settings(1e-4, precision="bf16"), True)
     made = training(tokenizer, folder, {"dtype": "float16"}, "full", "auto", adam_epsilon=1e-4, learning_rate=1e-3, epochs=6)
     assert made.accelerator.scaler is None and {p.dtype for p in made.parameters} == {torch.float16}
     assert not loading.is_mixed(made.plain_model, torch.float16)

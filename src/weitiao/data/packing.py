@@ -36,11 +36,14 @@ def trie_passes(examples: Sequence[Example], budget: int) -> list[Trie]:
     return [build(rows[a:b]) for a, b in zip(starts, starts[1:] + [len(rows)])]
 
 
-def padded_passes(examples: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Rows of like length side by side, at most `budget` places each, pads included; the second, independent path."""
+def padded_passes(examples: Sequence[Example], budget: int, virtual_tokens: int = 0) -> list[list[Example]]:
+    """Rows of like length side by side, at most `budget` places each, pads and each row's virtual tokens included.
+
+    The second, independent path.
+    """
     passes: list[list[Example]] = []
     for row in sorted(examples, key=lambda e: (len(e), sort_key(e))):
-        if passes and (len(passes[-1]) + 1) * len(row) <= budget:
+        if passes and (len(passes[-1]) + 1) * (virtual_tokens + len(row)) <= budget:
             passes[-1].append(row)
         else:
             passes.append([row])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from weitiao.data.templates import Template
-from weitiao.model.load import model_limit
+from weitiao.model.load import model_limit, virtual_places
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def padding_shows(model) -> bool:
 
 def room(model) -> int:
     """The most tokens of prompt and answer together that the model takes, its virtual tokens taken off."""
-    return model_limit(model.config) - getattr(model, "virtual_places", 0)
+    return model_limit(model.config) - virtual_places(model)
 
 
 def stream(

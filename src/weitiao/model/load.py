@@ -141,6 +141,11 @@ def model_limit(config: Any) -> int:
     return int(min(limit, UNLIMITED))
 
 
+def virtual_places(model: torch.nn.Module) -> int:
+    """How many places before every row virtual tokens take."""
+    return getattr(causal_lm(model), "virtual_places", 0)
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """What `training.precision` computes in; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU."""
     if precision != "auto":
@@ -162,9 +167,15 @@ def run_dtype(settings: Settings, trains_all: bool) -> torch.dtype:
     return torch.float16 if trains_in_half(settings.model, trains_all, precision) else compute_dtype(precision)
 
 
-def refuse_small_epsilon(settings: ModelSettings, trains_all: bool, optimizer: str, epsilon: float) -> None:
+def refuse_unfit_half(settings: Settings, trains_all: bool) -> None:
     """Adam on float16 weights divides by next to nothing, and every weight is NaN after a step or two."""
-    if trains_all and settings.dtype == "float16" and "adam" in optimizer and epsilon < LEAST_HALF_EPSILON:
+    if not trains_all or settings.model.dtype != "float16":
+        return
+    precision, epsilon = settings.training.precision, settings.training.adam_epsilon
+    if precision not in ("auto", "fp16"):
+        raise SettingError(f"model.dtype=float16 trains weights in float16, and training.precision={precision} computes in another type.",
+                           "Expected training.precision=fp16, or model.dtype=float32.", "Leave model.dtype out: trained weights are float32.")
+    if "adam" in settings.training.optimizer and epsilon < LEAST_HALF_EPSILON:
         raise SettingError(
             f"model.dtype=float16 trains weights in float16, with training.adam_epsilon={epsilon:g}.",
             f"In float16 the squares of gradients below 0.0002 are 0, and {epsilon:g} is {float(torch.tensor(epsilon).half()):.2g}: "

@@ -15,6 +15,7 @@ from weitiao.data.dataset import TrainingRow
 from weitiao.data.packing import padded_passes, trie_passes
 from weitiao.data.templates import Template
 from weitiao.model.generate import Sampling, answer_all
+from weitiao.model.load import virtual_places
 from weitiao.train.loss import summed_loss
 from weitiao.trie import Example
 
@@ -25,11 +26,13 @@ def no_progress(items: Iterable, what: str) -> Iterable:
     return items
 
 
-def make_passes(examples: Sequence[Example], layout: str, budget: int, pad_id: int, device: Any) -> list[dict[str, Any]]:
+def make_passes(
+    examples: Sequence[Example], layout: str, budget: int, pad_id: int, device: Any, virtual_tokens: int = 0,
+) -> list[dict[str, Any]]:
     """Batches of one step: tries, or padded rows. What a pass weighs is in the batch."""
     if layout == "trie":
-        return [trie_batch(trie, device) for trie in trie_passes(examples, budget)]
-    return [padded_batch(rows, pad_id, device) for rows in padded_passes(examples, budget)]
+        return [trie_batch(trie, device) for trie in trie_passes(examples, budget - virtual_tokens)]
+    return [padded_batch(rows, pad_id, device) for rows in padded_passes(examples, budget, virtual_tokens)]
 
 
 def mean_loss(
@@ -39,7 +42,8 @@ def mean_loss(
 ) -> float:
     """sum(weight * nll) / sum(weight) over all rows, however they are batched; each process takes every world-th pass."""
     examples = [e for row in rows for e in row.examples]
-    passes = (trie_passes if layout == "trie" else padded_passes)(examples, budget)
+    places = virtual_places(model)
+    passes = trie_passes(examples, budget - places) if layout == "trie" else padded_passes(examples, budget, places)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     training = model.training
     model.eval()

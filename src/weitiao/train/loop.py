@@ -29,11 +29,13 @@ from weitiao.config import Settings
 from weitiao.data.dataset import TrainingRow
 from weitiao.data.templates import Template
 from weitiao.errors import RunError, TrainingStopped
+from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
 from weitiao.train.evaluation import answer_and_score, make_passes, mean_loss, questions
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
 from weitiao.train.optimizer import make_optimizer, make_scheduler, step_scheduler
+from weitiao.trie import Example
 
 ENCODER = "encoder.safetensors"  # of a checkpoint: what training needs to go on and use does not
 MOST_SKIPPED = 20  # steps in a row; the scale of the loss begins at 65,536 and has then been halved to below 1
@@ -110,7 +112,7 @@ class Training:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(
             self.model, training, self.settings.learning_rate,
-            rate_factor=lambda name: self.method.rate_factor(name, self.settings.method),
+            rate_factor=lambda name: self.method.rate_factor(name, self.settings.method), decays=self.method.decays,
         )
         self.scheduler = make_scheduler(self.optimizer, training, self.schedule.steps)
         # The model is where it belongs; quantised weights must not be moved.
@@ -146,7 +148,7 @@ class Training:
         examples = [e for i in indices for e in self.rows[i].examples]
         weight = float(sum(float(e.weights.sum(dtype=np.float64)) for e in examples))
         torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
-        passes = make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device)
+        passes = self._passes(examples)
         mine, idle = deal(passes, self.rank, self.world)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, batch in enumerate(mine):
@@ -192,6 +194,9 @@ class Training:
             self.listener.on_message(skip_message(step, self.skipped, self.accelerator.scaler.get_scale()))
         return True
 
+    def _passes(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        return make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device, virtual_places(self.plain_model))
+
     def _should_stop(self) -> bool:
         """Has any process been asked to stop? All of them must agree on the step."""
         if self.world == 1:
@@ -202,7 +207,7 @@ class Training:
     def _stop_at_row(self, step: int, indices: Sequence[int], loss: float) -> None:
         """A loss that is not finite: find the row and stop. Every process looks, so that none waits for another."""
         for i in indices:
-            for batch in make_passes(self.rows[i].examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device):
+            for batch in self._passes(self.rows[i].examples):
                 with torch.no_grad(), self.accelerator.autocast():
                     row_loss = float(summed_loss(self.plain_model, batch))
                 if not math.isfinite(row_loss):

@@ -34,11 +34,13 @@ def refuse_unknown(settings: TrainingSettings) -> None:
 
 
 def make_optimizer(
-    model: torch.nn.Module, settings: TrainingSettings, learning_rate: float, rate_factor: Callable[[str], float] = lambda name: 1.0,
+    model: torch.nn.Module, settings: TrainingSettings, learning_rate: float,
+    rate_factor: Callable[[str], float] = lambda name: 1.0,
+    decays: Callable[[str, torch.nn.Parameter], bool] = lambda name, parameter: parameter.ndim >= 2,
 ) -> torch.optim.Optimizer:
-    """The optimizer over what is trained; weight decay falls on matrices alone.
+    """The optimizer over what is trained.
 
-    rate_factor: how many times as fast as `learning_rate` a weight learns, by its name (LoRA+).
+    rate_factor: how many times as fast as `learning_rate` a weight learns (LoRA+). decays: does weight decay fall on it?
 
     Raises:
         SettingError: the package that brings it is missing, or it refuses its options.
@@ -58,8 +60,7 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # IA3's factors stand for 1, not for 0, though PEFT gives them two dimensions.
-            decay = settings.weight_decay if parameter.ndim >= 2 and "ia3_l" not in name else 0.0
+            decay = settings.weight_decay if decays(name, parameter) else 0.0
             groups.setdefault((decay, rate_factor(name)), []).append(parameter)
     return kind([
         {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor}

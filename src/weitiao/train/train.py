@@ -118,7 +118,7 @@ def prepare(settings: Settings, screen: Screen) -> Job:
     """Find the model, read the rows, load the weights, attach the method."""
     refuse_unknown(settings.training)
     method = METHODS[settings.method.name]
-    loading.refuse_small_epsilon(settings.model, method.TRAINS_ALL, settings.training.optimizer, settings.training.adam_epsilon)
+    loading.refuse_unfit_half(settings, method.TRAINS_ALL)
     accelerator = make_accelerator(settings)
     base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
@@ -172,7 +172,7 @@ def read_rows(
     settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen,
 ) -> tuple[Dataset, Dataset]:
     """(rows to learn from, rows to measure on)"""
-    room = loading.model_limit(model_config) - method.virtual_tokens(settings.method, template.tokenizer)
+    room = room_beside(method.virtual_tokens(settings.method, template.tokenizer), loading.model_limit(model_config))
     vocabulary = model_config.get_text_config().vocab_size
     if settings.tokens.add:
         vocabulary = max(vocabulary, len(template.tokenizer))
@@ -185,6 +185,15 @@ def read_rows(
     if settings.data.eval_share and len(data) > 1:
         return data.split(settings.data.eval_share, settings.training.seed)
     return data, Dataset([])
+
+
+def room_beside(virtual_tokens: int, limit: int) -> int:
+    """What is left for a row, in tokens."""
+    room = limit - virtual_tokens
+    if virtual_tokens and room < 8:
+        raise SettingError(f"{virtual_tokens} virtual tokens leave {max(room, 0)} of the model's {limit} places for a row.",
+                           "Expected room for the rows.", "Lower method.virtual_tokens, or shorten method.text.")
+    return room
 
 
 def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
@@ -232,6 +241,7 @@ def settle_checkpointing(job: Job, screen: Screen) -> bool:
     if asked is not None:
         return asked
     longest = max(len(e) for data in (job.data, job.eval_data) for row in data.rows for e in row.examples)
+    longest += loading.virtual_places(job.model)
     per_node = memory.bytes_per_node(job.model, job.compute, False, "trie")
     if longest <= memory.nodes_that_fit(per_node, job.accelerator, most=memory.UNBOUNDED):
         return False
@@ -467,7 +477,7 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
     rows.append(("run folder", str(run.path)))
     screen.table("", rows)
     rows_to_measure = "" if len(job.eval_data) else " --data rows.jsonl"
-    merge = f"\nMerge it:     weitiao merge {run.path}" if not job.method.WHY_NOT_MERGED else ""
+    merge = "" if job.method.why_not_merged(job.model) else f"\nMerge it:     weitiao merge {run.path}"
     screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}{merge}")
 
 

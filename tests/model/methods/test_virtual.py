@@ -11,7 +11,8 @@ from weitiao.errors import SettingError
 from weitiao.model import attention
 from weitiao.model.generate import batches_of, padding_shows, room
 from weitiao.model.methods import METHODS, count_parameters
-from weitiao.model.methods.virtual import COMMON, demonstrations, keys_and_values, spread, start_ids, with_places
+from weitiao.model.methods.virtual import COMMON, demonstrations, spread, start_ids
+from weitiao.model.methods.wiring import keys_and_values, with_places
 from weitiao.train.loss import learn_on_tries
 from weitiao.trie import build
 
@@ -187,7 +188,7 @@ def test_an_encoder_is_in_the_state_to_resume_from_and_not_in_the_adapter(tmp_pa
     assert method.encoder_state(model) == {}  # what is only used needs none
     method.load_encoder_state(model, state)
     assert method.encoder_state(model).keys() == state.keys()
-    assert METHODS["prompt"].encoder_state(attached(PromptSettings(virtual_tokens=4))) == {}
+    assert "scale" in METHODS["prompt"].encoder_state(attached(PromptSettings(virtual_tokens=4)))  # the unit of its optimizer's state
 
 
 def test_a_prefix_is_laid_out_as_peft_lays_it_out():

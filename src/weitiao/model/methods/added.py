@@ -9,7 +9,8 @@ token becomes likelier by its being there.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -24,29 +25,34 @@ FILE = "tokens.safetensors"
 
 
 def extend(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    """The ids of `names`, which the tokenizer knows as special tokens from now on.
+    """The ids of `names`, which the tokenizer takes whole from now on.
+
+    To the tokenizer they are not special: special ones are left out where answers are made text, and these are to be read.
 
     Raises:
-        SettingError: one of them is there already: its row is not new, and would be changed for all rows that use it.
+        SettingError: one is empty, or there already: its row is not new, and would be changed for all rows that use it.
     """
-    known = [name for name in names if name in tokenizer.get_vocab()]
-    if known or len(set(names)) < len(names):
-        raise SettingError(f"tokens.add: the tokenizer has {', '.join(map(repr, known))} already." if known else "tokens.add names a token twice.",
-                           "Expected tokens that are new.", "Leave them out; they can be used as they are.")
-    tokenizer.add_tokens(list(names), special_tokens=True)
+    from transformers import AddedToken
+
+    if not all(name.strip() for name in names) or len(set(names)) < len(names):
+        raise SettingError(f"tokens.add = {list(names)} holds an empty token, or one twice.", "Expected tokens such as '<think>'.",
+                           "Leave it out.")
+    vocabulary = tokenizer.get_vocab()
+    if known := [name for name in names if name in vocabulary]:
+        raise SettingError(f"tokens.add: the tokenizer has {', '.join(map(repr, known))} already.", "Expected tokens that are new.",
+                           "Leave them out; they can be used as they are.")
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
     return tokenizer.convert_tokens_to_ids(list(names))
 
 
 @torch.no_grad()
 def make_room(model: torch.nn.Module, ids: Sequence[int]) -> None:
-    """More rows, if the table has none for these ids (some models have rows to spare)."""
+    """A row for each of these ids, in each table: more of them, if there are none to spare; each begins as the mean."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if max(ids) < rows:
-        return
-    model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for table in tables.values():
-        table[rows:] = table[:rows].float().mean(dim=0).to(table)
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    for table in {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+        table[list(ids)] = table[: min(rows, min(ids))].float().mean(dim=0).to(table)
 
 
 @final
@@ -57,7 +63,8 @@ class WithTokens(Method):
         self.method, self.ids = method, list(ids)
         self.FOLDER, self.TRAINS_ALL = method.FOLDER, method.TRAINS_ALL
         self.WHY_NOT_MERGED, self.HOW_LOADED = method.WHY_NOT_MERGED, method.HOW_LOADED
-        self.untuned, self.virtual_tokens = method.untuned, method.virtual_tokens
+        self.virtual_tokens, self.decays = method.virtual_tokens, method.decays
+        self.why_not_merged = method.why_not_merged
         self.encoder_state, self.load_encoder_state = method.encoder_state, method.load_encoder_state
 
     def attach(self, model, settings, seed: int, tokenizer=None, examples=()):
@@ -65,13 +72,23 @@ class WithTokens(Method):
         model.added_token_indices = token_indices(model, self.ids)
         whole = model
         model = self.method.attach(model, settings, seed, tokenizer, examples)
-        if self.TRAINS_ALL and not whole.get_input_embeddings().weight.requires_grad:
-            name = next(name for name, p in whole.named_parameters() if p is whole.get_input_embeddings().weight)
-            raise SettingError("tokens.add: the embedding, which holds the new rows, is frozen.", "Expected it among the trained weights.",
-                               f"Add it: method.train=['{name}'].")
+        if self.TRAINS_ALL:
+            refuse_frozen(whole)
         if not self._carried:
             train_rows(whole)
         return model
+
+    @contextmanager
+    def untuned(self, model) -> Iterator[None]:
+        layers = [m for m in model.modules() if hasattr(m, "trainable_tokens_delta")]
+        with self.method.untuned(model):
+            for layer in layers:
+                layer.enable_adapters(False)
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.enable_adapters(True)
 
     def save(self, model, folder: Path, base: str) -> None:
         self.method.save(model, folder, base)
@@ -111,6 +128,15 @@ def token_indices(model: torch.nn.Module, ids: Sequence[int]) -> dict[str, list[
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     return {next(name for name, m in model.named_modules() if m is table).rsplit(".", 1)[-1]: list(ids) for table in tables}
+
+
+def refuse_frozen(model: torch.nn.Module) -> None:
+    """Partly frozen full tuning must train the tables that hold the new rows."""
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    frozen = [name for name, p in model.named_parameters() if any(p is t for t in tables) and not p.requires_grad]
+    if frozen:
+        raise SettingError(f"tokens.add: {' and '.join(frozen)}, which hold the new rows, are frozen.",
+                           "Expected them among the trained weights.", f"Add them to method.train: {frozen}.")
 
 
 def train_rows(model: torch.nn.Module) -> None:

@@ -90,6 +90,11 @@ class Bitfit(Method):
         finally:
             _put(model.bitfit, trained)
 
+    def why_not_merged(self, model) -> str:
+        added = [name for name, bias in model.bitfit.items() if bias.added]
+        homeless = [name for name in added if name not in room_for(model)[0]] if added else []
+        return f"{type(model).__name__} has no room for the biases that were added to {_linears(homeless)}." if homeless else ""
+
     def merge(self, model):
         """The model itself, its biases in the dtype of its weights; new ones want a config that gives them room."""
         if any(bias.added for bias in model.bitfit.values()):
@@ -140,12 +145,8 @@ def _hide_copy(leaf: str, module: nn.Module, inputs: Any, output: Any) -> None:
     vars(module).pop(leaf, None)
 
 
-def make_room(model: nn.Module) -> None:
-    """Set the flags by which the model's config gives biases to linears; those that then want one besides get one of 0.
-
-    Raises:
-        RunError: the architecture has no biases where some were added.
-    """
+def room_for(model: nn.Module) -> tuple[dict[str, torch.Size], list[str]]:
+    """(name -> shape of the biases that the plain architecture can have, the config's flags that it takes)"""
     added = {name for name, bias in model.bitfit.items() if bias.added}
     config = copy.deepcopy(model.config)
     text, room = config.get_text_config(), _plain_biases(model, config)
@@ -158,7 +159,17 @@ def make_room(model: nn.Module) -> None:
             flags.append(flag)
         else:
             setattr(text, flag, False)
-    _refuse_homeless(model, [name for name in model.bitfit if name in added], room)
+    return room, flags
+
+
+def make_room(model: nn.Module) -> None:
+    """Set the flags by which the model's config gives biases to linears; those that then want one besides get one of 0.
+
+    Raises:
+        RunError: the architecture has no biases where some were added.
+    """
+    room, flags = room_for(model)
+    _refuse_homeless(model, [name for name, bias in model.bitfit.items() if bias.added], room)
     for name in room.keys() - model.bitfit.keys():
         module, leaf = _place(model, name)
         zeros = torch.zeros(room[name], dtype=module.weight.dtype, device=module.weight.device)
@@ -180,15 +191,16 @@ def _unset_bias_flags(config: Any) -> list[str]:
 
 
 def _refuse_homeless(model: nn.Module, added: list[str], room: dict[str, torch.Size]) -> None:
-    def linears(names: list[str]) -> str:
-        return ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
-
     homeless, housed = [n for n in added if n not in room], [n for n in added if n in room]
     if homeless:
-        retrain = f"Train with method.targets=[{linears(housed)}], which have it; or use" if housed else "Use"
-        raise RunError(f"{type(model).__name__} has no room for the biases that were added to {linears(homeless)}.",
+        retrain = f"Train with method.targets=[{_linears(housed)}], which have it; or use" if housed else "Use"
+        raise RunError(f"{type(model).__name__} has no room for the biases that were added to {_linears(homeless)}.",
                        "Expected an architecture that can hold them, since a merged model is a plain one.",
                        f"{retrain} the run folder as it is: weitiao chat, generate and evaluate load it.")
+
+
+def _linears(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

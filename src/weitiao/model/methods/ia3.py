@@ -46,6 +46,9 @@ class Ia3(Method):
         strange = result.unexpected_keys + missing
         assert not strange, f"{folder} holds another adapter: {strange[:3]}"
 
+    def decays(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        return False  # its factors stand for 1, not for 0
+
     def merge(self, model):
         return model.merge_and_unload()
 

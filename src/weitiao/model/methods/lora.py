@@ -18,7 +18,7 @@ import torch
 
 from weitiao.config import LoraSettings
 from weitiao.errors import SettingError
-from weitiao.model.methods.layers import linear_names
+from weitiao.model.methods.layers import is_conv1d, linear_names
 from weitiao.model.methods.method import Method
 
 PISSA = "pissa_niter_16"  # by a randomised SVD of 16 iterations, seconds in the place of minutes; the start is exact with any
@@ -106,7 +106,7 @@ def peft_config(model, settings: LoraSettings) -> Any:
         target_modules=settings.targets if settings.targets == "all-linear" else list(settings.targets),
         use_rslora=settings.rslora, use_dora=settings.dora, init_lora_weights=PISSA if settings.init == "pissa" else True,
         trainable_token_indices=getattr(model, "added_token_indices", None), task_type="CAUSAL_LM",
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+        fan_in_fan_out=any(is_conv1d(m) for m in model.modules()),
     )
 
 

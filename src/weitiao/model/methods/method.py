@@ -35,9 +35,8 @@ class Method(ABC):
     ) -> torch.nn.Module:
         """Add what is trained, freeze the rest; new weights are float32 and come from `seed`.
 
-        examples: the rows that will be learned from, where a method begins as some of them; none where it is only used.
-
         model: a causal LM of transformers that `learn_on_tries` has taught the keyword `trie`; it may be changed in place.
+        examples: the rows that will be learned from, where a method begins as some of them; none where it is only used.
         Raises SettingError if the method does not suit the model.
         """
 
@@ -59,6 +58,10 @@ class Method(ABC):
         """A plain causal LM that computes the same. The base is held in plain weights, not quantised."""
         raise NotImplementedError(f"{type(self).__name__} has WHY_NOT_MERGED or a merge of its own")
 
+    def why_not_merged(self, model: torch.nn.Module) -> str:
+        """The sentence, where what this model has learned cannot be folded into plain weights; else empty."""
+        return self.WHY_NOT_MERGED
+
     def refuse_merge(self) -> None:
         """Told before anything is loaded, if what was learned cannot be folded into plain weights."""
         if self.WHY_NOT_MERGED:
@@ -71,6 +74,10 @@ class Method(ABC):
     def rate_factor(self, name: str, settings: Any) -> float:
         """How many times as fast as the rest the weight `name` learns."""
         return 1.0
+
+    def decays(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        """Does weight decay, which pulls towards 0, suit this weight? Matrices, but not what stands for a row of a table."""
+        return parameter.ndim >= 2 and "trainable_tokens_delta" not in name
 
     def encoder_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What training needs to go on and use does not: it is kept in checkpoints beside FOLDER."""

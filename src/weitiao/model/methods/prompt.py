@@ -7,7 +7,8 @@ from typing import final
 import torch
 
 from weitiao.config import PromptSettings
-from weitiao.model.methods.virtual import Table, VirtualMethod, VirtualTokens, embed_first, peft_sizes, spread
+from weitiao.model.methods.virtual import Table, VirtualMethod, VirtualTokens, peft_sizes, spread
+from weitiao.model.methods.wiring import embed_first
 
 
 @final

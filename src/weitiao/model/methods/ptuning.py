@@ -10,16 +10,17 @@ from typing import final
 
 from weitiao.config import PtuningSettings
 from weitiao.model.methods.prompt import embeddings
-from weitiao.model.methods.virtual import Network, VirtualMethod, VirtualTokens, embed_first, hidden_size, peft_sizes
+from weitiao.model.methods.virtual import Network, VirtualMethod, VirtualTokens, hidden_size, peft_sizes
+from weitiao.model.methods.wiring import embed_first
 
 
 @final
 class Ptuning(VirtualMethod):
     def peft_config(self, model, settings: PtuningSettings, places: int):
-        from peft import PromptEncoderConfig
+        from peft import PromptEncoderConfig, PromptEncoderReparameterizationType
 
         return PromptEncoderConfig(
-            num_virtual_tokens=places, encoder_reparameterization_type=settings.encoder.upper(),
+            num_virtual_tokens=places, encoder_reparameterization_type=PromptEncoderReparameterizationType(settings.encoder.upper()),
             encoder_hidden_size=settings.encoder_hidden or hidden_size(model), encoder_num_layers=settings.encoder_layers,
             encoder_dropout=settings.encoder_dropout, **peft_sizes(model),
         )
