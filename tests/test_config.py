@@ -165,7 +165,7 @@ def test_the_names_of_peers_are_known(typed, cure):
 def test_every_cure_for_a_peers_name_names_a_setting_that_exists():
     known = {name for name, _, _ in config.every_setting()}
     for name, cure in config.ELSEWHERE.items():
-        assert known & set(cure.replace(";", " ").replace(".\n", " ").rstrip(".").replace(":", " ").split()), name
+        assert known & set(cure.replace(";", " ").replace(".\n", " ").rstrip(".").replace(":", " ").replace("=", " ").split()), name
 
 
 def test_all_mistakes_are_told_in_one_message():
@@ -224,8 +224,28 @@ def test_an_unknown_method_is_refused_with_those_there_are():
 
 def test_a_setting_of_another_method_is_refused():
     assert refusal("method=full", "method.rank=3") == (
-        f"There is no setting 'method.rank'.\nmethod.rank belongs to the method lora; this run's method is full.\n{HELP}"
+        f"method.rank belongs to lora; this run's method is full.\n{HELP}"
     )
+    assert "method.targets belongs to lora, bitfit, ia3; this run's method is prompt." in refusal("method=prompt", "method.targets=[a]")
+
+
+def test_one_name_is_a_list_of_one_and_a_methods_name_may_be_in_capitals():
+    assert read("method=LoRA", "method.targets=q_proj").method.targets == ["q_proj"]
+    assert read("method=ia3").method.targets == "auto" and read("tokens.add=<think>").tokens.add == ["<think>"]
+
+
+def test_an_empty_value_is_told():
+    from weitiao.cli import refuse_slips
+
+    with pytest.raises(SettingError, match="method.text= has no value"):
+        refuse_slips(["method=prompt", "method.text="])
+    assert "method.text is empty" in refusal("method=prompt", "method.text=   ")
+    assert "8 bits are int8, 4 bits are nf4" in refusal("model.quantize=int4")
+
+
+def test_full_tuning_of_weights_that_cannot_take_a_step_is_refused_as_settings_are_read():
+    assert "Choose method=lora" in refusal("method=full", "model.quantize=nf4")
+    assert "quantize=int8, and would do nothing here" in refusal("model.int8_threshold=3")
 
 
 @pytest.mark.parametrize("which", ["train", "eval"])

@@ -79,6 +79,8 @@ def refuse_slips(words: list[str]) -> None:
     """The commonest slips, told by their cure."""
     from weitiao.errors import SettingError
 
+    if words and words[-1].endswith("=") and words[-1] != "=":
+        raise SettingError(f"{words[-1]} has no value.", "Expected name=value.", "Leave it out for the default.")
     if "=" in words or any(word.endswith("=") or word.startswith("=") for word in words):
         raise SettingError(f"Found {' '.join(words)!r} among the settings.", "Expected name=value without spaces around the =.")
     if words and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):

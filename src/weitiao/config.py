@@ -37,7 +37,7 @@ def _refuse_idle(group: Group, needed: str, has_it: bool, *names: str) -> None:
     """A setting that would do nothing is refused, with what it goes with."""
     for name in names:
         if not has_it and getattr(group, name) != type(group).model_fields[name].default:
-            raise ValueError(f"{name} goes with {needed}, and would do nothing here")
+            raise ValueError(f"{name} goes with {needed}, and would do nothing here")  # the group's name stands before it
 
 
 def _name_alone(value: Any) -> Any:
@@ -48,7 +48,10 @@ def _name_alone(value: Any) -> Any:
 def _method(value: Any) -> Any:
     """The method is lora unless it is named."""
     value = _name_alone(value)
-    return {"name": "lora", **value} if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    named = value.get("name", "lora")
+    return {**value, "name": named.lower() if isinstance(named, str) else named}
 
 
 def _path_alone(value: Any) -> Any:
@@ -73,7 +76,13 @@ class Source(Group):
 Sources = Annotated[list[Annotated[Source, BeforeValidator(_path_alone)]], BeforeValidator(_one_or_many)]
 
 
-Targets = Literal["all-linear"] | list[str]
+def _one_name(value: Any) -> Any:
+    return [value] if isinstance(value, str) and value not in ("all-linear", "auto") else value
+
+
+Names = Annotated[list[str], BeforeValidator(_one_name)]
+Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_one_name)]
+AutoTargets = Annotated[Literal["auto"] | list[str], BeforeValidator(_one_name)]
 
 
 class ModelSettings(Group):
@@ -137,7 +146,7 @@ class FullSettings(Group):
 
     name: Literal["full"] = setting("full", "which method")
     last_layers: int | None = setting(None, "train the last so many layers and the norm behind them; the rest stays as it is", "layers", ge=1)
-    train: list[str] = setting([], "train only weights whose names match one of these patterns, such as '*.mlp.*'; with last_layers: these besides")
+    train: Names = setting([], "train only weights whose names match one of these patterns, such as '*.mlp.*'; with last_layers: these besides")
 
     @property
     def learning_rate(self) -> float:
@@ -165,8 +174,8 @@ class Ia3Settings(Group):
     """IA3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the MLP's inner activations are rescaled. Through PEFT."""
 
     name: Literal["ia3"] = setting("ia3", "which method")
-    targets: Literal["auto"] | list[str] = setting("auto", "names of the linear layers whose outputs are rescaled; auto: those that make keys and values")
-    feedforward: Literal["auto"] | list[str] = setting("auto", "names of the linear layers whose inputs are rescaled; auto: the last one of each MLP")
+    targets: AutoTargets = setting("auto", "names of the linear layers whose outputs are rescaled; auto: those that make keys and values")
+    feedforward: AutoTargets = setting("auto", "names of the linear layers whose inputs are rescaled; auto: the last one of each MLP")
 
     @property
     def learning_rate(self) -> float:
@@ -207,8 +216,10 @@ class VirtualSettings(Group):
 
     @model_validator(mode="after")
     def _text_if_text(self) -> VirtualSettings:
-        if (self.init == "text") != (self.text is not None):
-            raise ValueError("init=text goes with a text, and a text with init=text")
+        if self.init == "text" and self.text is None:
+            raise ValueError("method.init=text needs the text: method.text='…'")
+        if self.text is not None and (self.init != "text" or not self.text.strip()):
+            raise ValueError("method.text is empty" if self.init == "text" else "method.text goes with method.init=text, or without method.init")
         return self
 
 
@@ -272,7 +283,7 @@ Method = Annotated[
 
 
 class TokensSettings(Group):
-    add: list[str] = setting([], "new tokens that the tokenizer shall take whole, such as <think>; their rows of the embedding are trained, whatever the method")
+    add: Names = setting([], "new tokens that the tokenizer shall take whole, such as <think>; their rows of the embedding are trained, whatever the method")
 
 
 class TrainingSettings(Group):
@@ -310,6 +321,9 @@ class SavingSettings(Group):
     keep: int = setting(2, "how many checkpoints to keep; the best one is kept besides", "checkpoints", ge=2)
 
 
+LEAST_HALF_EPSILON = 1e-4  # 1e-6 still makes every weight NaN in a step or two; tiny Bloom and Llama, all weights trained
+
+
 class Settings(Group):
     """All that makes a run."""
 
@@ -339,9 +353,27 @@ class Settings(Group):
             given = [source.share is not None for source in sources]
             if any(given) and not all(given):
                 raise ValueError(f"{name}: give every file a share, or none")
+        self._weights_can_learn()
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
             raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
         return self
+
+    def _weights_can_learn(self) -> None:
+        """Full tuning changes the weights themselves, so they must be able to take a small step."""
+        if not isinstance(self.method, FullSettings):
+            return
+        if self.model.quantize != "none":
+            raise ValueError(f"method=full trains weights of the base, but model.quantize={self.model.quantize}: a step is far below what "
+                             "8 or 4 bits can tell apart. Choose method=lora, or model.quantize=none")
+        precision, epsilon = self.training.precision, self.training.adam_epsilon
+        if self.model.dtype == "float16" and precision not in ("auto", "fp16"):
+            raise ValueError(f"model.dtype=float16 trains weights in float16, and training.precision={precision} computes in another type. "
+                             "Leave model.dtype out: trained weights are float32")
+        if self.model.dtype == "float16" and "adam" in self.training.optimizer and epsilon < LEAST_HALF_EPSILON:
+            raise ValueError(
+                f"model.dtype=float16 trains weights in float16, with training.adam_epsilon={epsilon:g}. In float16 the squares of "
+                f"gradients below 0.0002 are 0, and {epsilon:g} is {0 if epsilon < 3e-8 else epsilon:g}: Adam divides by next to nothing, "
+                "and weights become NaN. training.adam_epsilon=1e-4 works; so does model.dtype=float32, at twice the memory, which learns better")
 
     @property
     def learning_rate(self) -> float:
@@ -391,7 +423,7 @@ def to_yaml(settings: Settings) -> str:
 
 def _scalar(text: str) -> Any:
     """A value as YAML reads it, but for 1e-4, which YAML 1.1 takes for a text."""
-    value = yaml.safe_load(text) if text else None
+    value = yaml.safe_load(text) if text.strip() else text or None
     if isinstance(value, str) and value == text.strip():  # not in quotes
         try:
             return float(value)
@@ -445,6 +477,8 @@ ELSEWHERE = {
     "max_steps": "It is called training.steps.",
     "lora_alpha": "It is called method.alpha.",
     "lora_rank": "It is called method.rank.",
+    "lora_r": "It is called method.rank.",
+    "torch_dtype": "It is called model.dtype.",
     "r": "It is called method.rank.",
     "lora_dropout": "It is called method.dropout.",
     "target_modules": "It is called method.targets.",
@@ -460,15 +494,15 @@ ELSEWHERE = {
     "encoder_hidden_size": "It is called method.encoder_hidden (ptuning) or method.projection_hidden (prefix).",
     "encoder_reparameterization_type": "It is called method.encoder.",
     "freeze_trainable_layers": "It is called method.last_layers (full).",
-    "load_in_4bit": "It is called model.quantize: nf4.",
-    "load_in_8bit": "It is called model.quantize: int8.",
-    "quantization_bit": "It is called model.quantize: int8 or nf4.",
+    "load_in_4bit": "It is called model.quantize=nf4.",
+    "load_in_8bit": "It is called model.quantize=int8.",
+    "quantization_bit": "It is called model.quantize=int8 or nf4.",
     "bnb_4bit_quant_type": "It is called model.quantize.",
     "bnb_4bit_use_double_quant": "It is called model.double_quantize.",
     "llm_int8_threshold": "It is called model.int8_threshold.",
     "new_special_tokens": "It is called tokens.add.",
     "add_special_tokens": "It is called tokens.add.",
-    "fp16": "It is called training.precision: fp16.",
+    "fp16": "It is called training.precision=fp16.",
     "lr_scheduler_type": "It is called training.scheduler.",
     "warmup_ratio": "It is called training.warmup; below 1 it is a share.",
     "warmup_steps": "It is called training.warmup; from 1 on it is a number of steps.",
@@ -480,7 +514,7 @@ ELSEWHERE = {
     "cutoff_len": "It is called data.max_tokens.",
     "val_size": "It is called data.eval_share.",
     "lr": "It is called training.learning_rate.",
-    "bf16": "It is called training.precision: bf16.",
+    "bf16": "It is called training.precision=bf16.",
 }
 
 
@@ -496,6 +530,8 @@ METHODS_ELSEWHERE = {
     "p_tuning": "It is called ptuning.",
     "prefix_tuning": "It is called prefix.",
     "p_tuning_v2": "It is called prefix.",
+    "ptuningv2": "It is called prefix.",
+    "ptuning_v2": "It is called prefix.",
     "houlsby": "It is method=adapter with method.style=houlsby.",
     "pfeiffer": "It is method=adapter with method.style=pfeiffer.",
 }
@@ -508,12 +544,12 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
         # pydantic puts the chosen kind of a union into the path: method.lora.rank is method.rank to a user.
         name = ".".join(str(part) for part in item["loc"] if _is_name(part))
         if item["type"] == "extra_forbidden":
-            found.append(f"There is no setting {name!r}.")
             leaf = name.split(".")[-1]
             if name in known:  # a setting of another method
-                owner = next(note for k, _, note in every_setting() if k == name)
-                cures.append(f"{name} belongs to the method {owner}; this run's method is {_method_name(values)}.")
+                owners = ", ".join(note for k, _, note in every_setting() if k == name)
+                found.append(f"{name} belongs to {owners}; this run's method is {_method_name(values) or 'lora'}.")
                 continue
+            found.append(f"There is no setting {name!r}.")
             cures.append(ELSEWHERE.get(leaf) or _nearest_setting(name, known))
         elif item["type"] == "missing":
             found.append(f"The setting {name} is missing." if name != "data" else "There are no rows to learn from.")
@@ -524,8 +560,11 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> SettingError:
             cures.append(METHODS_ELSEWHERE.get(asked.lower().replace("-", "_"))
                          or f"Methods: {', '.join(there_are)}. {nearest(asked, there_are)}".rstrip())
         else:
-            label = f"{name} = {item['input']!r}: " if name else ""
+            shown = not isinstance(item["input"], Mapping)  # a whole group says nothing that its message does not
+            label = f"{name} = {item['input']!r}: " if name and shown else f"{name}." if name and "goes with" in item["msg"] else ""
             found.append(f"{label}{item['msg'].removeprefix('Value error, ')}.")
+            if name == "model.quantize":
+                cures.append("8 bits are int8, 4 bits are nf4.")
             if item["type"] == "string_type" and isinstance(item["input"], (bool, int, float)):
                 cures.append("YAML reads numbers, yes, no, on and off as such: put a text like that into quotes, '…'.")
     cures = [c for c in dict.fromkeys(cures) if c]

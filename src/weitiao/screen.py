@@ -129,10 +129,12 @@ class StepLine:
 
     def _text(self, line: dict[str, Any]) -> str:
         speeds = self.speeds()
-        left = self.seconds / max(self.done - self.first_step, 1) * (self.steps - self.done)
+        made = self.done - self.first_step
+        left = self.seconds / made * (self.steps - self.done)
+        ending = f"  {duration(left)} left" if made > 1 else ""  # a first step warms up, and tells too much
         return (
             f"loss {line['loss']:.4f}  {speeds['rows']:.1f} rows/s  {speeds['tokens']:,.0f} tokens/s "
-            f"({speeds['nodes']:,.0f} computed)  {self.memory() / 2**30:.1f} GiB  {duration(left)} left"
+            f"({speeds['nodes']:,.0f} computed)  {self.memory() / 2**30:.1f} GiB{ending}"
         )
 
 

@@ -135,23 +135,24 @@ def test_a_resumed_fp16_run_is_the_uninterrupted_one_skipped_steps_included(toke
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters, strict=True))
 
 
-def test_float16_weights_train_only_with_an_epsilon_that_float16_knows(tokenizer, folder):
-    def settings(epsilon, **more):
-        return config.parse({"data": "x", "method": "full", "model": {"dtype": "float16"}, "training": {"adam_epsilon": epsilon, **more}})
+def test_float16_weights_train_only_with_an_epsilon_that_float16_knows(tokenizer, folder, monkeypatch):
+    def settings(epsilon, method="full", **more):
+        return config.parse({"data": "x", "method": method, "model": {"dtype": "float16"}, "training": {"adam_epsilon": epsilon, **more}})
 
     for epsilon in (1e-8, 1e-6, 9e-5):
         with pytest.raises(SettingError, match="training.adam_epsilon=1e-4 works"):
-            loading.refuse_unfit_half(settings(epsilon), True)
-    loading.refuse_unfit_half(settings(1e-4), True)
-    loading.refuse_unfit_half(settings(1e-8), False)  # adapters are float32
-    loading.refuse_unfit_half(settings(1e-8, optimizer="sgd"), True)
+            settings(epsilon)
+    settings(1e-4)
+    settings(1e-8, "lora")  # adapters are float32
+    settings(1e-8, optimizer="sgd")
     with pytest.raises(SettingError, match="computes in another type"):
-        loading.refuse_unfit_half(settings(1e-4, precision="bf16"), True)
+        settings(1e-4, precision="bf16")
     made = training(tokenizer, folder, {"dtype": "float16"}, "full", "auto", adam_epsilon=1e-4, learning_rate=1e-3, epochs=6)
     assert made.accelerator.scaler is None and {p.dtype for p in made.parameters} == {torch.float16}
     assert not loading.is_mixed(made.plain_model, torch.float16)
     made.fit()
     assert losses(made)[-1] < losses(made)[0] - 0.2
+    monkeypatch.setattr(config, "LEAST_HALF_EPSILON", 0.0)
     broken = training(tokenizer, folder, {"dtype": "float16"}, "full", "auto", learning_rate=1e-3)
     with pytest.raises(TrainingStopped):  # the reason for the refusal
         broken.fit()

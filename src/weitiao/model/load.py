@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES = (torch.bfloat16, torch.float16)
-LEAST_HALF_EPSILON = 1e-4  # 1e-6 still makes every weight NaN in a step or two; tiny Bloom and Llama, all weights trained
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # model.device_map: over all devices, as accelerate does it
 UNLIMITED = 1 << 20  # some tokenizers and configs say 1e30 where they mean "no limit"
 TRIE_LAYERS = {"full_attention", "sliding_attention"}
@@ -165,23 +164,6 @@ def run_dtype(settings: Settings, trains_all: bool) -> torch.dtype:
     """What a run computes in."""
     precision = settings.training.precision
     return torch.float16 if trains_in_half(settings.model, trains_all, precision) else compute_dtype(precision)
-
-
-def refuse_unfit_half(settings: Settings, trains_all: bool) -> None:
-    """Adam on float16 weights divides by next to nothing, and every weight is NaN after a step or two."""
-    if not trains_all or settings.model.dtype != "float16":
-        return
-    precision, epsilon = settings.training.precision, settings.training.adam_epsilon
-    if precision not in ("auto", "fp16"):
-        raise SettingError(f"model.dtype=float16 trains weights in float16, and training.precision={precision} computes in another type.",
-                           "Expected training.precision=fp16, or model.dtype=float32.", "Leave model.dtype out: trained weights are float32.")
-    if "adam" in settings.training.optimizer and epsilon < LEAST_HALF_EPSILON:
-        raise SettingError(
-            f"model.dtype=float16 trains weights in float16, with training.adam_epsilon={epsilon:g}.",
-            f"In float16 the squares of gradients below 0.0002 are 0, and {epsilon:g} is {float(torch.tensor(epsilon).half()):.2g}: "
-            "Adam divides by next to nothing, and weights become NaN.",
-            "training.adam_epsilon=1e-4 works; so does model.dtype=float32, at twice the memory, which learns better.",
-        )
 
 
 def is_mixed(model: torch.nn.Module, compute: torch.dtype) -> bool:

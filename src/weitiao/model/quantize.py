@@ -44,7 +44,7 @@ def refuse_unfit(settings: ModelSettings, config: Any, trains_all: bool, process
     if trains_all and (published or settings.quantize != "none"):
         how = "the checkpoint is quantised" if published else f"model.quantize={settings.quantize}"
         raise SettingError(f"This method trains weights of the base, but {how}: 8 or 4 bits cannot tell one step from none.",
-                           "Expected a method that leaves the base as it is.", "Choose method=lora, or model.quantize=none.")
+                           "Expected a method that leaves the base as it is.", "Choose method=lora, or a checkpoint that is not.")
     if settings.quantize != "none":
         _require_bitsandbytes(settings.quantize)
     if settings.device_map is not None and processes > 1:

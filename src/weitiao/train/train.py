@@ -118,7 +118,6 @@ def prepare(settings: Settings, screen: Screen) -> Job:
     """Find the model, read the rows, load the weights, attach the method."""
     refuse_unknown(settings.training)
     method = METHODS[settings.method.name]
-    loading.refuse_unfit_half(settings, method.TRAINS_ALL)
     accelerator = make_accelerator(settings)
     base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
@@ -128,6 +127,7 @@ def prepare(settings: Settings, screen: Screen) -> Job:
     data, eval_data = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
+    screen.tell(f"Loading {settings.model.name} …")
     model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
     obstacle = loading.trie_obstacle(model)
     refuse_unsound(model, base)
@@ -311,8 +311,10 @@ def show_job(job: Job, screen: Screen) -> None:
     nodes, tokens, steps = sharing(job, schedule)
     trainable, total = count_parameters(job.model)
     held = loading.weight_dtype(settings.model.dtype, job.method.TRAINS_ALL, job.compute)
+    # Half weights under fp32 have no autocast: they multiply as they are held.
+    computed = held if job.compute is torch.float32 and settings.model.quantize == "none" else job.compute
     rows: list[tuple[str, Any]] = [
-        ("model", f"{settings.model.name}, weights in {quantize.describe(settings.model, held)}, computed in {str(job.compute)[6:]}"),
+        ("model", f"{settings.model.name}, weights in {quantize.describe(settings.model, held)}, computed in {str(computed)[6:]}"),
         ("method", f"{settings.method.name}, learning rate {settings.learning_rate:g}"),
         ("template", job.template.name if job.template.name != "auto" else "the tokenizer's own"),
         ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
@@ -322,6 +324,8 @@ def show_job(job: Job, screen: Screen) -> None:
         ("steps", f"{schedule.steps:,}, each of {_count(min(settings.training.batch_size, len(job.data)), 'row')}; "
                   f"{schedule.steps / schedule.steps_per_epoch:.3g} times through all rows"),
     ]
+    if settings.tokens.add:
+        rows.insert(2, ("new tokens", ", ".join(settings.tokens.add)))
     if job.data.skipped:
         rows.append(("skipped", f"{_count(len(job.data.skipped), 'row')} that cannot teach:\n{skipped_summary(job.data.skipped)}"))
     screen.table("", rows)
@@ -476,7 +480,7 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
         rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))
     rows.append(("run folder", str(run.path)))
     screen.table("", rows)
-    rows_to_measure = "" if len(job.eval_data) else " --data rows.jsonl"
+    rows_to_measure = "" if len(job.eval_data) else " --data OTHER_ROWS.jsonl"
     merge = "" if job.method.why_not_merged(job.model) else f"\nMerge it:     weitiao merge {run.path}"
     screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}{merge}")
 

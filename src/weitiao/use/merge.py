@@ -81,7 +81,8 @@ def merge(path: str, output: str | None, dtype: str, base: str | None = None) ->
         proof = compare(before, logits_of(reloaded, rows))
         measured = f"logits differ by at most {proof.logit_max:.2g}, the likeliest token agrees at {proof.greedy_agreement:.2%}"
         where = f"{proof.rows} rows, {proof.tokens:,} positions"
-        screen.tell(f"Proven on {where}: {measured}." if dtype == "float32" else
+        screen.tell(f"Proven on {where}, against what was learned beside the {base} base: {measured}." if packed and dtype == "float32" else
+                    f"Proven on {where}: {measured}." if dtype == "float32" else
                     f"Rounding every weight to bfloat16 has its price; on {where}, {measured}. In float32 nothing changes.")
         if packed:
             after = loss_of(reloaded, rows, trained.template.pad_id, nullcontext)

@@ -42,6 +42,7 @@ def test_only_the_new_rows_of_the_tables_are_trained(tokenizer, method, tied):
     assert ids == [300, 301]
     rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
     if method == "full":
+        assert not rows and all(p.requires_grad for p in model.parameters())
         return
     assert [tuple(p.shape) for p in rows] == [(2, 32)] * (1 if tied else 2)
     assert all(p.requires_grad and p.dtype is torch.float32 for p in rows)
@@ -59,20 +60,57 @@ def test_a_new_row_begins_as_the_mean_of_the_old(tokenizer):
     assert torch.allclose(table[300], table[:300].mean(0), atol=1e-6) and table.shape[0] == 302
 
 
-def test_rows_to_spare_are_used(tokenizer):
+def test_rows_to_spare_are_used_and_begin_as_the_mean_too(tokenizer):
     from weitiao.model.methods.added import make_room
 
     model = tiny_model(vocabulary=320)
     make_room(model, [300, 301])
-    assert model.get_input_embeddings().weight.shape[0] == 320
+    table = model.get_input_embeddings().weight
+    assert table.shape[0] == 320 and torch.allclose(table[301], table[:300].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [*METHODS[:-1], {"name": "lora", "init": "pissa"}], ids=str)
+def test_untuned_the_rows_are_what_they_began_as(tokenizer, method):
+    start, _, ids = attached(tokenizer, method)
+    model, made, _ = attached(tokenizer, method, moved=0.05)
+    moved = logits(model, ids)
+    with made.untuned(model):
+        base = logits(model, ids)
+    with made.untuned(start):
+        assert float((base - logits(start, ids)).abs().max()) < 2e-6
+    assert torch.equal(logits(model, ids), moved) and not torch.allclose(moved, base, atol=1e-3)
+
+
+def test_a_new_token_is_one_token_and_can_be_read_in_an_answer(tokenizer):
+    import copy
+
+    from weitiao.model.methods.added import extend
+
+    tokenizer = copy.deepcopy(tokenizer)
+    ids = extend(tokenizer, NEW)
+    text = "<think>It</think> is 2."
+    encoded = tokenizer(text, add_special_tokens=False).input_ids
+    assert [i for i in encoded if i in ids] == ids
+    assert tokenizer.decode(encoded, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("names, found", [([""], "empty"), ([" "], "empty"), (["<a>", "<a>"], "twice")])
+def test_no_token_and_a_token_twice_are_refused(tokenizer, names, found):
+    import copy
+
+    from weitiao.model.methods.added import extend
+
+    with pytest.raises(SettingError, match=found):
+        extend(copy.deepcopy(tokenizer), names)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_saved_reloaded_and_merged(tokenizer, method, tmp_path):
-    model, made, ids = attached(tokenizer, method, moved=0.05)
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_reloaded_and_merged(tokenizer, method, tied, tmp_path):
+    model, made, ids = attached(tokenizer, method, tied=tied, moved=0.05)
     before = logits(model, ids)
     made.save(model, tmp_path / "saved", "base")
-    fresh, again, _ = attached(tokenizer, method)
+    fresh, again, _ = attached(tokenizer, method, tied=tied)
     again.load(fresh, tmp_path / "saved")
     assert torch.equal(logits(fresh, ids), before)
     if method in ("lora", "bitfit", "ia3"):
@@ -80,8 +118,7 @@ def test_saved_reloaded_and_merged(tokenizer, method, tmp_path):
         merged.save_pretrained(tmp_path / "merged")
         plain = type(tiny_model("gpt2")).from_pretrained(tmp_path / "merged").eval()
         assert float((logits(plain, ids) - before).abs().max()) < 1e-5
-        # head and embedding go on being one table
-        assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+        assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == tied
 
 
 def test_lora_keeps_them_in_its_peft_file_and_others_in_a_small_one(tokenizer, tmp_path):
@@ -112,11 +149,13 @@ def test_a_token_that_is_there_is_refused(tokenizer):
         method_of(settings, copy.deepcopy(tokenizer))
 
 
-def test_a_frozen_embedding_is_told(tokenizer):
+@pytest.mark.parametrize("trained, frozen", [({"last_layers": 1}, "embed_tokens.weight and lm_head.weight"),
+                                             ({"train": ["*embed_tokens*"]}, "tokens.add: lm_head.weight")])
+def test_a_frozen_table_is_told(tokenizer, trained, frozen):
     import copy
 
-    settings = config.parse({"data": "r.jsonl", "method": {"name": "full", "last_layers": 1}, "tokens": {"add": NEW}})
+    settings = config.parse({"data": "r.jsonl", "method": {"name": "full", **trained}, "tokens": {"add": NEW}})
     made = method_of(settings, copy.deepcopy(tokenizer))
     model = tiny_model()
-    with pytest.raises(SettingError, match="embed_tokens"):
+    with pytest.raises(SettingError, match=frozen):
         made.attach(model, settings.method, 0)

@@ -21,6 +21,9 @@ MODELS = {
                                                             num_hidden_layers=32, num_attention_heads=32)), 6_738_415_616),
     "gpt2": (lambda: T.GPT2LMHeadModel(T.GPT2Config()), 124_439_808),
     "yuan2-2b": (lambda: Yuan2Shapes(), 2_088_724_480),
+    "glm": (lambda: T.GlmForCausalLM(T.GlmConfig(
+        vocab_size=65_024, hidden_size=4096, intermediate_size=13696, num_hidden_layers=28, num_attention_heads=32,
+        num_key_value_heads=2, head_dim=128, attention_bias=True, tie_word_embeddings=False, pad_token_id=None)), 6_243_584_000),
     "chatglm3-6b": (lambda: ChatGLM3Shapes(), 6_243_584_000),
 }
 
@@ -100,7 +103,11 @@ FIGURES = [
     ("bloom-1b4", lora("query_key_value"), 1_572_864),
     ("bloom-1b4", lora(), 6_291_456),
     ("bloom-800m", FullSettings(), 750_841_344),
+    ("bloom-1b4", PromptSettings(virtual_tokens=7), 14_336),
     ("bloom-800m", BitfitSettings(), 408_576),
+    ("bloom-800m", lora("query_key_value"), 1_179_648),
+    ("bloom-800m", PromptSettings(virtual_tokens=10), 15_360),
+    ("bloom-800m", PrefixSettings(virtual_tokens=10), 737_280),
     ("llama-2-7b", PromptSettings(virtual_tokens=10), 40_960),
     ("llama-2-7b", PtuningSettings(virtual_tokens=10, encoder_hidden=1024), 9_484_288),
     ("llama-2-7b", PtuningSettings(virtual_tokens=10), 50_384_896),
@@ -111,9 +118,11 @@ FIGURES = [
     ("llama-2-7b", lora(), 19_988_480),
     ("gpt2", FullSettings(), 124_439_808),
     ("gpt2", BitfitSettings(), 102_144),
+    ("gpt2", lora("c_attn"), 294_912),
     ("yuan2-2b", lora("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 9_043_968),
     ("yuan2-2b", lora(), 9_043_968),
     ("chatglm3-6b", lora("query_key_value"), 1_949_696),
+    ("glm", lora("q_proj", "k_proj", "v_proj"), 3_784_704),  # the same layers, queries, keys and values apart
 ]
 
 

@@ -56,8 +56,12 @@ def test_a_text_with_more_tokens_than_places_is_refused(tokenizer):
 
 
 def test_text_and_init_go_together():
-    with pytest.raises(SettingError, match="init=text goes with a text"):
+    with pytest.raises(SettingError, match="init=text needs the text"):
         config.parse({"data": "r.jsonl", "method": {"name": "prompt", "init": "text"}})
+    with pytest.raises(SettingError, match="method.text is empty"):
+        config.parse({"data": "r.jsonl", "method": {"name": "prompt", "text": "  "}})
+    with pytest.raises(SettingError, match="goes with method.init=text"):
+        config.parse({"data": "r.jsonl", "method": {"name": "prompt", "init": "random", "text": "a"}})
     made = config.parse({"data": "r.jsonl", "method": {"name": "prefix", "text": "a"}})
     assert made.method.init == "text"
 
@@ -212,3 +216,64 @@ def test_they_begin_as_rows_with_their_answers_those_with_another_answer_first()
     model = tiny_model()
     assert start_ids(PromptSettings(), 5, None, model, 0, rows[:1]).tolist()[-3:] == [5, 6, 9]
     assert len(start_ids(PromptSettings(), 5, None, model, 0, rows[:1])) == 5
+
+
+def opt():
+    import transformers as T
+
+    return T.OPTForCausalLM(T.OPTConfig(vocab_size=100, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                                        max_position_embeddings=64, word_embed_proj_dim=32))
+
+
+def deepseek():
+    import transformers as T
+
+    return T.DeepseekV3ForCausalLM(T.DeepseekV3Config(
+        vocab_size=100, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, max_position_embeddings=64))
+
+
+def lfm2():
+    import transformers as T
+
+    return T.Lfm2ForCausalLM(T.Lfm2Config(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                          num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+                                          max_position_embeddings=64))
+
+
+@pytest.mark.parametrize("make, name, found", [
+    (opt, "prompt", "goes past the place"), (opt, "prefix", "keys and values|goes past the place"),
+    (deepseek, "prefix", "latent attention"), (lfm2, "prefix", "conv"),
+])
+def test_models_that_have_no_place_for_them_are_refused_by_name(make, name, found):
+    settings = {"prompt": PromptSettings(), "prefix": PrefixSettings()}[name]
+    with pytest.raises(SettingError, match=f"{make().__class__.__name__}(.|\n)*({found})"):
+        METHODS[name].attach(make(), settings, 0)
+
+
+def test_a_padded_pass_counts_the_virtual_tokens_of_each_row():
+    from weitiao.data.packing import padded_passes
+
+    rows = [example(range(4, 14), 5, i) for i in range(20)]
+    assert [len(p) for p in padded_passes(rows, 100)] == [10, 10]
+    assert [len(p) for p in padded_passes(rows, 100, virtual_tokens=10)] == [5, 5, 5, 5]
+
+
+def test_weight_decay_leaves_alone_what_does_not_stand_for_zero():
+    from weitiao.config import TrainingSettings
+    from weitiao.train.optimizer import make_optimizer
+
+    for settings, decayed in ((PromptSettings(), 0), (PtuningSettings(encoder_hidden=8), 4)):
+        model, method = attached(settings), METHODS[settings.name]
+        groups = make_optimizer(model, TrainingSettings(weight_decay=0.1), 1e-3, decays=method.decays).param_groups
+        assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed  # an embedding and three matrices
+
+
+@pytest.mark.parametrize("method, found", [
+    ({"name": "ptuning", "encoder_layers": 3}, "encoder=lstm"), ({"name": "ptuning", "encoder_dropout": 0.1}, "encoder=lstm"),
+    ({"name": "prefix", "projection_hidden": 8}, "projection=true"), ({"name": "bitfit", "targets": ["q_proj"]}, "add_bias=true"),
+])
+def test_settings_that_would_do_nothing_are_refused(method, found):
+    with pytest.raises(SettingError, match=f"goes with {found}"):
+        config.parse({"data": "r.jsonl", "method": method})
