@@ -316,7 +316,8 @@ os._exit(0)  # see cli.leave
 """
 
 
-@pytest.mark.parametrize(("method", "budget"), [("lora", 30), ("full", 4096)])  # 4096: one pass, and one process without any
+# 4096: one pass, and one process without any
+@pytest.mark.parametrize(("method", "budget"), [("lora", 30), ("full", 4096), ("prefix", 30), ("ptuning", 4096)])
 def test_two_processes_give_the_losses_of_one(tokenizer, tmp_path, method, budget):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
