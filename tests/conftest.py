@@ -77,6 +77,9 @@ def tiny_config(name: str = "llama", vocabulary: int = VOCABULARY, **more):
         "gpt2": (T.GPT2Config, gpt2),
         "cohere": (T.CohereConfig, llama | {"logit_scale": 0.3}),
         "granite": (T.GraniteConfig, llama | {"logits_scaling": 3.0}),
+        "gptj": (T.GPTJConfig, dict(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4,
+                                    attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=2,
+                                    pad_token_id=3, tie_word_embeddings=False)),
         "bloom": (T.BloomConfig, dict(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None,
                                       eos_token_id=2, pad_token_id=3)),
     }
@@ -89,8 +92,7 @@ def tiny_model(name: str = "llama", seed: int = 0, **more):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from weitiao.model import attention
-    from weitiao.model.load import trie_obstacle
+    from weitiao.model.load import learn_attention, trie_obstacle
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **more))
@@ -99,7 +101,7 @@ def tiny_model(name: str = "llama", seed: int = 0, **more):
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if trie_obstacle(model) is None:
-        model.set_attn_implementation(attention.register())
+        learn_attention(model)
     return model
 
 

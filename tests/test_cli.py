@@ -186,14 +186,14 @@ def test_a_run_that_diverges_stops_with_a_message_and_leaves_nothing_of_itself(w
 def test_a_model_outside_the_interface_is_trained_on_padded_rows_and_told(weitiao, tokenizer, rows_file, tmp_path):
     from conftest import tiny_model
 
-    tiny_model("bloom").save_pretrained(tmp_path / "bloom")
-    tokenizer.save_pretrained(tmp_path / "bloom")
-    code, out, err = weitiao("train", "--model", "./bloom", "--data", rows_file, "--output", "b", *FAST)
+    tiny_model("gptj").save_pretrained(tmp_path / "gptj")
+    tokenizer.save_pretrained(tmp_path / "gptj")
+    code, out, err = weitiao("train", "--model", "./gptj", "--data", rows_file, "--output", "b", *FAST)
     assert code == 0, err
     assert "Rows are padded side by side" in out
     losses = [json.loads(line)["loss"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
-    code, _, err = weitiao("train", "--model", "./bloom", "--data", rows_file, "--output", "c", "training.layout=trie")
+    code, _, err = weitiao("train", "--model", "./gptj", "--data", rows_file, "--output", "c", "training.layout=trie")
     assert code == 2 and "training.layout=trie cannot be kept" in err
 
 

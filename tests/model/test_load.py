@@ -14,7 +14,7 @@ SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_lay
              pad_token_id=None, bos_token_id=None, eos_token_id=2)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite", "bloom"])
 def test_families_of_the_interface_have_no_obstacle(name):
     assert trie_obstacle(tiny_model(name)) is None
 
@@ -22,9 +22,10 @@ def test_families_of_the_interface_have_no_obstacle(name):
 @pytest.mark.parametrize(("config", "reason"), [
     (T.Gemma2Config(**SMALL, head_dim=8), "its attention is eager, not sdpa"),
     (T.GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1), "its attention is eager, not sdpa"),
-    (tiny_config("bloom"), "bloom does not take its attention from outside"),
+    (tiny_config("gptj"), "gptj does not take its attention from outside"),
+    (tiny_config("bloom", pretraining_tp=2, slow_but_exact=True), "slow_but_exact"),
     (T.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "its rope is dynamic"),
-], ids=["gemma2", "gpt_oss", "bloom", "dynamic rope"])
+], ids=["gemma2", "gpt_oss", "gptj", "bloom", "dynamic rope"])
 def test_others_are_named_and_computed_as_transformers_computes_them(config, reason, tmp_path):
     torch.manual_seed(0)
     own = T.AutoModelForCausalLM.from_config(config).eval()

@@ -14,6 +14,7 @@ import torch
 from weitiao.config import ModelSettings, Settings
 from weitiao.errors import SettingError, SourceError
 from weitiao.model import attention, quantize
+from weitiao.model.families import bloom
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,8 +84,21 @@ def load_model(
                            "Expected all of them in memory.", "Choose model.quantize=nf4, or a smaller model.")
     quantize.never_repack(model)
     if trie_obstacle(model) is None:
-        model.set_attn_implementation(attention.register())
+        learn_attention(model)
     return model
+
+
+# Families whose attention is their own: what teaches it tries.
+OWN_ATTENTION = {"bloom": bloom.learn_tries}
+
+
+def learn_attention(model: PreTrainedModel) -> None:
+    """The trie's attention: registered by name where the family takes one, else put into its own."""
+    own = OWN_ATTENTION.get(model.config.get_text_config().model_type)
+    if own:
+        own(model)
+    else:
+        model.set_attn_implementation(attention.register())
 
 
 def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -117,6 +131,8 @@ def home(settings: ModelSettings) -> torch.device:
 def trie_obstacle(model: PreTrainedModel) -> str | None:
     """Why this model's rows cannot share prefixes, or None. The proof on the first batch has the last word."""
     config = model.config.get_text_config()
+    if config.model_type == "bloom":
+        return "its slow_but_exact product is asked for" if config.pretraining_tp > 1 and config.slow_but_exact else None
     if not getattr(model, "_supports_attention_backend", False):
         return f"{config.model_type} does not take its attention from outside"
     if config._attn_implementation not in ("sdpa", attention.NAME):
