@@ -29,6 +29,7 @@ import torch
 RESULTS = Path(__file__).with_name("methods.jsonl")
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
 LABELS = ["neg", "pos"]
+PEFT_PROMPTS, PEFT_TOKENS = ("prompt", "ptuning", "prefix"), 20  # PEFT has no default number; 20 is its examples'
 TOKENS, ROWS, MEASURED = 30, 1200, 400
 # LLaMA-like models have no biases: BitFit is given some, as weitiao's refusal advises.
 NEEDED = {"bitfit": ["method.add_bias=true"]}
@@ -101,9 +102,9 @@ def by_peft(settings, seed: int):
     kind = settings.method.name
     config = {
         "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM"),
-        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
-        "ptuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
-        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PEFT_TOKENS),
+        "ptuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=PEFT_TOKENS),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PEFT_TOKENS),
         "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
     }[kind]()
     job = prepare(settings, Screen(quiet=True))
@@ -120,7 +121,7 @@ def by_peft(settings, seed: int):
         collator = DataCollatorForSeq2Seq(job.template.tokenizer, padding=True, label_pad_token_id=-100)
         Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
         model.save_pretrained(folder)
-        if kind not in ("prompt", "ptuning", "prefix"):
+        if kind not in PEFT_PROMPTS:
             return model, job.template
         METHODS[kind].load(job.model, Path(folder))
     return job.model, job.template
@@ -177,6 +178,8 @@ def run(options) -> None:
         given, measured = TASKS[options.task](folder, options.films, options.split, tokenizer)
         words = [*given, f"method={options.method}", f"training.seed={options.seed}", "training.batch_size=8", "training.layout=trie",
                  f"training.precision={options.precision}", *NEEDED.get(options.method, []), *options.set]
+        if options.by == "peft" and options.method in PEFT_PROMPTS:
+            words.append(f"method.virtual_tokens={PEFT_TOKENS}")
         if options.rate:
             words.append(f"training.learning_rate={options.rate}")
         settings = config.read(None, words if options.method != "none" else [w for w in words if w != "method=none"])

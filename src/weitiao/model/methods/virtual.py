@@ -215,7 +215,8 @@ def start_ids(
 
 
 def demonstrations(examples: Sequence[Example], places: int, seed: int) -> list[int]:
-    """Ids of rows with their answers, at most `places`: examples to go by, as in-context learning has them, which are then trained on.
+    """Ids of rows with their answers, at most `places`: in-context examples that are then trained on (context tuning, Lu et al. 2025,
+    arXiv:2507.04221, of which we take the start and no masking).
 
     Whole rows, those with another answer than the ones before first; in the room that is left, the end of one more.
     """
