@@ -13,7 +13,7 @@ import torch
 
 from weitiao.config import ModelSettings, Settings
 from weitiao.errors import SettingError, SourceError
-from weitiao.model import attention, quantize
+from weitiao.model import attention, families, quantize
 from weitiao.model.families import bloom
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def load_tokenizer(folder: Path, settings: ModelSettings) -> PreTrainedTokenizer
     from transformers import AutoTokenizer
 
     try:
+        if family := families.of_tokenizer(folder):
+            return family.load_tokenizer(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SourceError(f"{folder} has no tokenizer that can be read.", _first_line(error),
@@ -41,6 +43,7 @@ def load_tokenizer(folder: Path, settings: ModelSettings) -> PreTrainedTokenizer
 def load_config(folder: Path, settings: ModelSettings) -> Any:
     from transformers import AutoConfig
 
+    families.of_model(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -64,6 +67,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    families.of_model(folder)
     bits = quantize.bits_config(settings, compute or dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

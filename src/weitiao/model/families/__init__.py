@@ -1,0 +1,40 @@
+"""Model families that transformers has no class for: one module each, imported only where a folder asks for it.
+
+A module registers its classes with transformers' Auto classes as it is imported, so that they win over Python code in
+the folder, and offers `load_tokenizer(folder)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+# What config.json calls the model, and tokenizer_config.json the tokenizer -> the module.
+MODELS = {"chatglm": "chatglm3"}
+TOKENIZERS = {"ChatGLMTokenizer": "chatglm3", "ChatGLM3Tokenizer": "chatglm3"}
+
+
+def of_model(folder: Path) -> ModuleType | None:
+    """The family of the model in `folder`, its classes registered; None where transformers knows the model itself."""
+    return _module(MODELS.get(_read(folder / "config.json").get("model_type")))
+
+
+def of_tokenizer(folder: Path) -> ModuleType | None:
+    """The family of the tokenizer in `folder`: its own word, else its model's."""
+    named = TOKENIZERS.get(_read(folder / "tokenizer_config.json").get("tokenizer_class"))
+    return _module(named) or of_model(folder)
+
+
+def _module(name: str | None) -> ModuleType | None:
+    return importlib.import_module(f"{__name__}.{name}") if name else None
+
+
+def _read(file: Path) -> dict:
+    """The JSON of a file; nothing where it is missing or torn, which its reader will tell."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -39,6 +39,9 @@ class Full(Method):
         model.save_pretrained(folder)
 
     def load(self, model, folder: Path) -> None:
+        if hasattr(model, "load_plain"):  # it is saved in another form than it is held in
+            model.load_plain(folder)
+            return
         from accelerate import load_checkpoint_in_model
 
         load_checkpoint_in_model(model, str(folder))
