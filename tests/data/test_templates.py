@@ -170,6 +170,7 @@ def test_a_tokenizer_without_a_chat_template_gets_human_assistant(bare):
     ("alpaca", "Be brief.\n\n### Instruction:\n1+1?\n\n### Response:\n2.<eos>\n\n### Instruction:\n你好\n\n### Response:\n"),
     ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2.<|im_end|>\n"
                "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"),
+    ("chatglm3_roleplay", "<|system|>Be brief.\n <|user|>\n 1+1?<|assistant|>\n2.<eos><|user|>\n 你好<|assistant|>"),
     ("human_assistant", "Be brief.\n\nHuman: 1+1?\n\nAssistant: 2.<eos>\n\nHuman: 你好\n\nAssistant: "),
     ("plain", "Be brief.1+1?2.<eos>你好"),
 ])
@@ -315,7 +316,7 @@ def test_an_unknown_template_is_refused_with_the_nearest(tokenizer):
         load_template("chatlm", tokenizer)
     assert str(caught.value) == (
         "There is no template 'chatlm'. Did you mean 'chatml'?\n"
-        "Expected one of auto, alpaca, chatml, human_assistant, plain, or a .jinja file."
+        "Expected one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain, or a .jinja file."
     )
 
 
@@ -326,7 +327,7 @@ def test_a_missing_jinja_file_is_refused_with_the_nearest(tokenizer, tmp_path, m
         load_template("mime.jinja", tokenizer)
     assert str(caught.value) == (
         "There is no template file mime.jinja.\nDid you mean 'mine.jinja'?\n"
-        "Give the path of a .jinja file, or one of auto, alpaca, chatml, human_assistant, plain (data.template)."
+        "Give the path of a .jinja file, or one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain (data.template)."
     )
 
 

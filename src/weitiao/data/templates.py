@@ -69,8 +69,9 @@ class Template:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Where generation stops: the learned stop token, and the tokenizer's EOS where that is another."""
-        return list(dict.fromkeys(i for i in (self.stop_id, self.tokenizer.eos_token_id) if i is not None))
+        """Where generation stops: the learned stop token, the tokenizer's EOS where that is another, and what else it names."""
+        more = getattr(self.tokenizer, "stop_ids", ())
+        return list(dict.fromkeys(i for i in (self.stop_id, self.tokenizer.eos_token_id, *more) if i is not None))
 
     @cached_property
     def ending(self) -> str:

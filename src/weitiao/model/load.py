@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path, settings: ModelSettings) -> PreTrainedTokenizer
 
     try:
         if family := families.of_tokenizer(folder):
-            return family.load_tokenizer(folder)
+            return family.load_tokenizer(Path(folder))
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SourceError(f"{folder} has no tokenizer that can be read.", _first_line(error),

@@ -286,7 +286,8 @@ def _no_safetensors(owner: str, names: Iterable[str]) -> SourceError:
     return SourceError(
         f"{owner} holds its weights as pickle only ({pickled[0]}).",
         "safetensors only: opening a pickle can run any program that is hidden in it.",
-        "If you trust it, convert it once: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new), and copy the tokenizer.",
+        "Fetch a revision of the model that has *.safetensors. Or, if you trust it and transformers knows the model, convert it once: "
+        "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new), and copy the tokenizer.",
     )
 
 

@@ -243,13 +243,16 @@ AutoModelForCausalLM.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True
 
 # ---------------------------------------------------------------------------------------------------- the way to Glm
 
-# Parts of names, the original's -> Glm's.
+FUSED, SPLIT = "query_key_value", ("q_proj", "k_proj", "v_proj")
+# Last names, the original's -> Glm's.
+LINEARS = {FUSED: SPLIT, "dense": ["o_proj"], "dense_h_to_4h": ["gate_up_proj"], "dense_4h_to_h": ["down_proj"]}
+TABLES = {"word_embeddings": "embed_tokens", "output_layer": "lm_head"}
+# Parts of whole names.
 NAMES = {
     "transformer.embedding.word_embeddings": "model.embed_tokens", "transformer.encoder.layers": "model.layers",
-    "transformer.encoder.final_layernorm": "model.norm", "transformer.output_layer": "lm_head",
-    "self_attention.": "self_attn.", "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj", ".dense.": ".o_proj.",
+    "transformer.encoder.final_layernorm": "model.norm", "transformer.output_layer": "lm_head", "self_attention.": "self_attn.",
+    **{f".{theirs}.": f".{ours}." for theirs, (ours, *more) in LINEARS.items() if not more},
 }
-FUSED, SPLIT = "query_key_value", ("q_proj", "k_proj", "v_proj")
 
 
 def glm_names(name: str, config: GlmConfig) -> Iterator[tuple[str, slice]]:
@@ -286,6 +289,8 @@ def split_adapter(folder: Path, target: Path, config: GlmConfig, base: str) -> N
     for field in ("target_modules", "feedforward_modules"):
         if isinstance(facts.get(field), list):
             facts[field] = sorted({new for name in facts[field] for new in _split_target(name)})
+    if facts.get("trainable_token_indices"):
+        facts["trainable_token_indices"] = {TABLES.get(name, name): ids for name, ids in facts["trainable_token_indices"].items()}
     facts |= {"base_model_name_or_path": base, "auto_mapping": None}
     target.mkdir(parents=True, exist_ok=True)
     state = glm_state(load_file(folder / "adapter_model.safetensors"), config)
@@ -294,9 +299,17 @@ def split_adapter(folder: Path, target: Path, config: GlmConfig, base: str) -> N
 
 
 def _split_target(name: str) -> list[str]:
-    """query_key_value -> q_proj, k_proj, v_proj; dense -> o_proj."""
-    for theirs, ours in NAMES.items():
-        name = (name + ".").replace(theirs, ours).removesuffix(".") if theirs != ".dense." else name
-    if name.rpartition(".")[2] == "dense":
-        name = name.removesuffix("dense") + "o_proj"
-    return [name.replace(FUSED, new) for new in SPLIT] if FUSED in name else [name]
+    """query_key_value -> q_proj, k_proj, v_proj; mlp.dense_4h_to_h -> mlp.down_proj."""
+    parent, dot, leaf = name.replace("self_attention", "self_attn").rpartition(".")
+    return [parent + dot + new for new in LINEARS.get(leaf, [leaf])]
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from weitiao.model.families.chatglm3_tokenizer import ChatGLM3Tokenizer
+
+    if not (folder / "tokenizer.model").is_file():
+        raise OSError("tokenizer.model, ChatGLM3's sentencepiece model, is missing")
+    return ChatGLM3Tokenizer.from_pretrained(folder)
