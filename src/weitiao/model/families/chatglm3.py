@@ -244,21 +244,18 @@ AutoModelForCausalLM.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True
 # ---------------------------------------------------------------------------------------------------- the way to Glm
 
 FUSED, SPLIT = "query_key_value", ("q_proj", "k_proj", "v_proj")
-# Last names, the original's -> Glm's.
-LINEARS = {FUSED: SPLIT, "dense": ["o_proj"], "dense_h_to_4h": ["gate_up_proj"], "dense_4h_to_h": ["down_proj"]}
 TABLES = {"word_embeddings": "embed_tokens", "output_layer": "lm_head"}
-# Parts of whole names.
+# Parts of names, the original's -> Glm's.
 NAMES = {
     "transformer.embedding.word_embeddings": "model.embed_tokens", "transformer.encoder.layers": "model.layers",
     "transformer.encoder.final_layernorm": "model.norm", "transformer.output_layer": "lm_head", "self_attention.": "self_attn.",
-    **{f".{theirs}.": f".{ours}." for theirs, (ours, *more) in LINEARS.items() if not more},
+    ".dense.": ".o_proj.", ".dense_h_to_4h.": ".gate_up_proj.", ".dense_4h_to_h.": ".down_proj.",
 }
 
 
 def glm_names(name: str, config: GlmConfig) -> Iterator[tuple[str, slice]]:
     """(name in Glm, the rows of the original's that it holds), in their order."""
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours)
+    name = _renamed(name)
     if FUSED not in name:
         yield name, slice(None)
         return
@@ -299,9 +296,15 @@ def split_adapter(folder: Path, target: Path, config: GlmConfig, base: str) -> N
 
 
 def _split_target(name: str) -> list[str]:
-    """query_key_value -> q_proj, k_proj, v_proj; mlp.dense_4h_to_h -> mlp.down_proj."""
-    parent, dot, leaf = name.replace("self_attention", "self_attn").rpartition(".")
-    return [parent + dot + new for new in LINEARS.get(leaf, [leaf])]
+    """query_key_value -> q_proj, k_proj, v_proj; mlp.dense_4h_to_h -> mlp.down_proj; whole names alike."""
+    name = _renamed(f".{name}.").strip(".")
+    return [name.replace(FUSED, new) for new in SPLIT] if FUSED in name else [name]
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
