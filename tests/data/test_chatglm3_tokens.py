@@ -180,13 +180,24 @@ def test_all_ids_as_text(tokenizer, enc):
 
 def test_saved_and_read_back(tokenizer, folder, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    assert (tmp_path / "chatglm3.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
     assert "auto_map" not in (tmp_path / "tokenizer_config.json").read_text()
     again = load_tokenizer(tmp_path, ModelSettings(name="x"))  # no config.json says chatglm here
     assert type(again) is type(tokenizer) and len(again) == len(tokenizer)
     assert again.get_vocab() == tokenizer.get_vocab() and again.chat_template == tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    assert "saved_file" not in (tmp_path / "tokenizer_config.json").read_text()
     messages = [user("你好 <|user|>"), {"role": "assistant", "content": "好"}]
     assert again.apply_chat_template(messages, return_dict=False) == tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def test_transformers_alone_makes_no_other_tokenizer_of_what_is_saved(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "glm"}')
+    with pytest.raises((OSError, ValueError)):
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_tokens_that_are_added_are_taken_whole(folder, enc):

@@ -98,7 +98,10 @@ def merge(path: str, output: str | None, dtype: str, base: str | None = None) ->
         raise RunError(f"{target} cannot be written: {error}.", "Nothing half-written is left.", "Make room, or choose another: --output NAME.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    screen.tell(f"The merged model is in {target} ({dtype}); it loads with transformers, vLLM and others as it stands.")
+    everything = not getattr(trained.template.tokenizer, "needs_weitiao", False)
+    screen.tell(f"The merged model is in {target} ({dtype}); " + (
+        "it loads with transformers, vLLM and others as it stands." if everything else
+        "its weights load with transformers, vLLM and others as they stand, its tokenizer with weitiao alone."))
 
 
 def base_to_merge_into(settings: Settings, asked: str | None) -> str:

@@ -14,7 +14,7 @@ from weitiao.errors import SourceError
 from weitiao.model.attention import NAME
 from weitiao.model.families.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, split_adapter
 from weitiao.model.load import load_config, load_model, model_limit, trie_obstacle
-from weitiao.model.methods import METHODS, count_parameters, trainable_summary
+from weitiao.model.methods import METHODS, count_parameters
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import prove
 
@@ -166,16 +166,6 @@ def test_checkpointing_changes_no_gradient(folder):
 # -- LoRA on the fused projection --------------------------------------------------------------------------------------
 
 
-def test_the_tutorials_counts():
-    with torch.device("meta"):
-        model = ChatGLM3ForCausalLM(ChatGLM3Config.from_dict(dict(chatglm3.FULL_SIZE)))
-        assert count_parameters(model)[1] == 6_243_584_000
-        learn_on_tries(model)
-        tuned = LORA.attach(model, LoraSettings(rank=8, targets=["query_key_value"]), 0)
-    assert count_parameters(tuned) == (1_949_696, 6_245_533_696)
-    assert trainable_summary(*count_parameters(tuned)) == "trainable params: 1,949,696 || all params: 6,245,533,696 || trainable%: 0.0312"
-
-
 def test_lora_learns_as_on_the_fused_projection_of_the_formulas(folder):
     """Gradients of A and B: ours against autograd through W + s B A in the judge's forward."""
     model = with_lora(folder, dtype=torch.float64)
@@ -296,3 +286,43 @@ def test_one_row_is_learned_in_nf4(folder):
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
+
+
+# -- from the command line ---------------------------------------------------------------------------------------------
+
+
+def test_tutorial_4_from_rows_to_a_merged_model(tmp_path, monkeypatch, capsys):
+    """Train, lose the second half, go on to the same adapter, merge, and train on from what was merged."""
+    import shutil
+    import sys
+
+    from weitiao.cli import main
+
+    def weitiao(*words):
+        monkeypatch.setattr(sys, "argv", ["weitiao", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    model = chatglm3.write_tokenizer(chatglm3.write_checkpoint(tmp_path / "chatglm3"))
+    rows = [{"input": f"妮露#关于{i}", "output": f"据说他是很厉害的{i}。"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["method.rank=4", "method.targets=[query_key_value]", "data.template=chatglm3_roleplay", "training.epochs=2",
+                "data.system=现在模仿原神角色评价他人", "training.batch_size=4", "saving.every=2", "training.precision=fp32"]
+    out = weitiao("train", "--model", model, "--data", "rows.jsonl", "--output", "run", *settings)
+    assert "trie = plain rows. leak 0" in out
+    adapter = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    for name in ("adapter", "summary.json"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "from step 2 of 4" in weitiao("train", "run", "--resume")
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == adapter
+    assert "its tokenizer with weitiao alone" in weitiao("merge", "run")
+    assert weitiao("generate", "run", "--prompt", "妮露#关于1", "--max-new-tokens", "4")
+    settings[1] = "method.targets=[q_proj,k_proj,v_proj]"
+    weitiao("train", "--model", "run/merged", "--data", "rows.jsonl", "--output", "again", *settings)
+    assert (tmp_path / "again/adapter").is_dir()

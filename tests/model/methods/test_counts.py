@@ -1,11 +1,13 @@
 """Trained and all parameters of the models that the tutorials name, to the digit, without a weight in memory."""
 
+import chatglm3
 import pytest
 import torch
 import transformers as T
 from torch import nn
 
 from weitiao.config import BitfitSettings, FullSettings, LoraSettings, PrefixSettings, PromptSettings, PtuningSettings
+from weitiao.model.families.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
 from weitiao.train.loss import learn_on_tries
 
@@ -24,7 +26,7 @@ MODELS = {
     "glm": (lambda: T.GlmForCausalLM(T.GlmConfig(
         vocab_size=65_024, hidden_size=4096, intermediate_size=13696, num_hidden_layers=28, num_attention_heads=32,
         num_key_value_heads=2, head_dim=128, attention_bias=True, tie_word_embeddings=False, pad_token_id=None)), 6_243_584_000),
-    "chatglm3-6b": (lambda: ChatGLM3Shapes(), 6_243_584_000),
+    "chatglm3-6b": (lambda: ChatGLM3ForCausalLM(ChatGLM3Config.from_dict(dict(chatglm3.FULL_SIZE))), 6_243_584_000),
 }
 
 
@@ -63,25 +65,6 @@ class Yuan2Shapes(Shapes):
         gate.output_layernorm = nn.RMSNorm(h)
         layer.mlp.up_proj, layer.mlp.gate_proj = nn.Linear(h, inner, bias=False), nn.Linear(h, inner, bias=False)
         layer.mlp.down_proj = nn.Linear(inner, h, bias=False)
-        layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(h), nn.RMSNorm(h)
-        return layer
-
-
-class ChatGLM3Shapes(Shapes):
-    def __init__(self, h: int = 4096, inner: int = 13696, vocabulary: int = 65_024):
-        super().__init__(T.LlamaConfig(vocab_size=vocabulary, hidden_size=h, num_hidden_layers=28, num_attention_heads=32))
-        self.transformer = nn.Module()
-        self.transformer.embedding = self.embed = nn.Embedding(vocabulary, h)
-        self.transformer.layers = nn.ModuleList(self._layer(h, inner) for _ in range(28))
-        self.transformer.final_layernorm = nn.RMSNorm(h)
-        self.lm_head = self.transformer.output_layer = nn.Linear(h, vocabulary, bias=False)
-
-    @staticmethod
-    def _layer(h: int, inner: int) -> nn.Module:
-        layer, layer.self_attention, layer.mlp = nn.Module(), nn.Module(), nn.Module()
-        layer.self_attention.query_key_value = nn.Linear(h, h + 2 * 256)
-        layer.self_attention.dense = nn.Linear(h, h, bias=False)
-        layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h = nn.Linear(h, 2 * inner, bias=False), nn.Linear(inner, h, bias=False)
         layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(h), nn.RMSNorm(h)
         return layer
 

@@ -313,6 +313,6 @@ def _renamed(name: str) -> str:
 def load_tokenizer(folder: Path) -> Any:
     from weitiao.model.families.chatglm3_tokenizer import ChatGLM3Tokenizer
 
-    if not (folder / "tokenizer.model").is_file():
+    if not any((folder / name).is_file() for name in ChatGLM3Tokenizer.vocab_files_names.values()):
         raise OSError("tokenizer.model, ChatGLM3's sentencepiece model, is missing")
     return ChatGLM3Tokenizer.from_pretrained(folder)

@@ -51,11 +51,13 @@ CHAT_TEMPLATE = (
 
 
 class ChatGLM3Tokenizer(PreTrainedTokenizer):
-    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    # Saved under a name of our own: from a tokenizer.model transformers would make another tokenizer, without a word.
+    vocab_files_names = {"vocab_file": "tokenizer.model", "saved_file": "chatglm3.model"}
     model_input_names = ["input_ids", "attention_mask"]
+    needs_weitiao = True  # no other program knows it
 
-    def __init__(self, vocab_file: str, **options: Any):
-        self.vocab_file = str(vocab_file)
+    def __init__(self, vocab_file: str | None = None, saved_file: str | None = None, **options: Any):
+        self.vocab_file = str(saved_file or vocab_file)
         self.pieces = SentencePieceProcessor(model_file=self.vocab_file)
         # [MASK], [gMASK], … -> the ids behind the pieces
         self.extra = {token: len(self.pieces) + i for i, token in enumerate(EXTRA)}
@@ -82,7 +84,7 @@ class ChatGLM3Tokenizer(PreTrainedTokenizer):
         return pieces | self.extra | self.added_tokens_encoder
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        file = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}tokenizer.model"
+        file = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}chatglm3.model"
         file.write_bytes(self.pieces.serialized_model_proto())
         return (str(file),)
 
