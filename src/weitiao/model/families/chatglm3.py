@@ -53,7 +53,7 @@ FIELDS = {
 EXPECTED = {
     "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "add_bias_linear": False,
     "multi_query_attention": True, "original_rope": True, "rope_ratio": 1, "interleaved_qkv": False, "pre_seq_len": None,
-    "quantization_bit": 0, "tie_word_embeddings": False, "hidden_dropout": 0.0,
+    "quantization_bit": 0, "fp32_residual_connection": False, "tie_word_embeddings": False, "hidden_dropout": 0.0,
 }
 
 
