@@ -22,6 +22,7 @@ class Plan:
 
     segments: the unbranching runs, for attention.
     subtree_end: int64 [T], depth: int64 [T] (sees(q, k) = k <= q < subtree_end[k]).
+    parent: int64 [T], the node before it, -1 at a root; for layers that read the token before, as a convolution does.
     longest: tokens of its longest row, 1 + the largest depth.
     predictors: int64 [E], the node that predicts each learned edge; targets: int64 [E]; weights: float32 [E].
     """
@@ -29,6 +30,7 @@ class Plan:
     segments: list[Segment]
     subtree_end: torch.Tensor
     depth: torch.Tensor
+    parent: torch.Tensor
     longest: int
     predictors: torch.Tensor
     targets: torch.Tensor
@@ -43,6 +45,8 @@ class Plan:
             segments=[Segment(0, places, nodes), *(Segment(s + places, e + places, b + places) for s, e, b in self.segments)],
             subtree_end=torch.cat([torch.full_like(above, nodes), self.subtree_end + places]),
             depth=torch.cat([above, self.depth + places]),
+            # a chain from -1, and what was a root follows its last node
+            parent=torch.cat([above - 1, torch.where(self.parent < 0, places - 1, self.parent + places)]),
             longest=self.longest + places,
         )
 
@@ -58,6 +62,7 @@ def trie_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]
         segments=trie.segments(),
         subtree_end=_tensor(trie.subtree_end, device),
         depth=_tensor(trie.depth, device),
+        parent=_tensor(trie.parent, device),
         longest=int(trie.depth.max()) + 1,
         predictors=_tensor(trie.parent[edges], device),
         targets=_tensor(trie.token[edges], device),

@@ -1,7 +1,8 @@
 """Model families that transformers has no class for: one module each, imported only where a folder asks for it.
 
 A module registers its classes with transformers' Auto classes as it is imported, so that they win over Python code in
-the folder, and offers `load_tokenizer(folder)`.
+the folder, and offers `load_tokenizer(folder)` where transformers cannot read the tokenizer. Weights keep the names of the
+original checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 # What config.json calls the model, and tokenizer_config.json the tokenizer -> the module.
-MODELS = {"chatglm": "chatglm3"}
+MODELS = {"chatglm": "chatglm3", "yuan": "yuan2"}
 TOKENIZERS = {"ChatGLMTokenizer": "chatglm3", "ChatGLM3Tokenizer": "chatglm3"}
 
 
@@ -22,9 +23,10 @@ def of_model(folder: Path) -> ModuleType | None:
 
 
 def of_tokenizer(folder: Path) -> ModuleType | None:
-    """The family of the tokenizer in `folder`: its own word, else its model's."""
+    """The family that reads the tokenizer in `folder`: the tokenizer's own word, else its model's; None: transformers does."""
     named = TOKENIZERS.get(_read(folder / "tokenizer_config.json").get("tokenizer_class"))
-    return _module(named) or of_model(folder)
+    family = _module(named) or of_model(folder)
+    return family if hasattr(family, "load_tokenizer") else None
 
 
 def _module(name: str | None) -> ModuleType | None:
