@@ -67,11 +67,12 @@ class Yuan2Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = EOD
     pad_token_id: int | None = EOD
 
-    def validate_architecture(self) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act}; Yuan2's is silu.")
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of twice num_attention_heads, {self.num_attention_heads}.")
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 2 * num_attention_heads, {self.num_attention_heads}.")
 
 
 # --------------------------------------------------------------------------------------------------- the vector before
