@@ -58,6 +58,9 @@ def tiny_config(name: str = "llama", vocabulary: int = VOCABULARY, **more):
     """The config of a tiny model of an architecture, dropouts off."""
     import transformers as T
 
+    from weitiao.model.families import yuan2
+
+    yuan2.register()
     llama = dict(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=3,
@@ -82,6 +85,7 @@ def tiny_config(name: str = "llama", vocabulary: int = VOCABULARY, **more):
                                     pad_token_id=3, tie_word_embeddings=False)),
         "bloom": (T.BloomConfig, dict(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None,
                                       eos_token_id=2, pad_token_id=3)),
+        "yuan": (yuan2.Yuan2Config, {k: v for k, v in llama.items() if k != "num_key_value_heads"} | {"initializer_range": 0.1}),
     }
     kind, options = kinds[name]
     return kind(**(options | more))

@@ -19,7 +19,7 @@ from weitiao.train.loss import learn_on_tries, summed_loss
 from weitiao.train.train import turn_on_checkpointing
 from weitiao.trie import build
 
-ARCHITECTURES = ["llama", "bloom", "gpt2", "qwen2", "gemma3"]
+ARCHITECTURES = ["llama", "bloom", "gpt2", "qwen2", "gemma3", "yuan"]
 VIRTUAL = {"virtual_tokens": 3}
 VARIANTS = {
     "full": {"name": "full"},

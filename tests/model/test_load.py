@@ -14,7 +14,7 @@ SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_lay
              pad_token_id=None, bos_token_id=None, eos_token_id=2)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite", "bloom", "yuan"])
 def test_families_of_the_interface_have_no_obstacle(name):
     assert trie_obstacle(tiny_model(name)) is None
 

@@ -10,7 +10,7 @@ from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.data.packing import padded_passes, trie_passes
 from weitiao.train.loss import CHUNK, edge_loss, edge_nll, learn_on_tries, summed_loss
 
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite", "yuan"]
 
 
 def gradients(model, batches):

@@ -35,7 +35,7 @@ def reads_the_node_before_it(model) -> None:
     layer.forward = forward
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3", "glm", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3", "glm", "mistral", "yuan"])
 def test_a_right_model_is_proven(name, branching):
     proof = prove(taught(name), branching, torch.float32)
     assert proof.passed, proof.reason

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import example, model_of
+from conftest import example, tiny_model
 from safetensors.torch import load_file, save_file
 from test_matrix import difference, gradients
 from torch import nn
@@ -29,18 +29,11 @@ from weitiao.train.train import turn_on_checkpointing
 from weitiao.trie import build
 
 PAD = 3
-yuan2.register()
 
 
-def tiny(dtype=torch.float64, seed=0, **more) -> Yuan2ForCausalLM:
-    """Two layers of four heads, with the trie's attention; weights so large that the filter shows."""
-    config = Yuan2Config(**tiny_sizes() | more)
-    return model_of(config, seed).to(dtype)
-
-
-def tiny_sizes() -> dict:
-    return dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                initializer_range=0.2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=PAD)
+def tiny(dtype=torch.float64, **more) -> Yuan2ForCausalLM:
+    """Two layers of four heads, with the trie's attention; weights so large that the filter shows, and no end."""
+    return tiny_model("yuan", **{"vocabulary": 60, "initializer_range": 0.2, "eos_token_id": None} | more).to(dtype)
 
 
 def some_ids(*shape, seed=0) -> torch.Tensor:
