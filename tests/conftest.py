@@ -60,7 +60,6 @@ def tiny_config(name: str = "llama", vocabulary: int = VOCABULARY, **more):
 
     from weitiao.model.families import yuan2
 
-    yuan2.register()
     llama = dict(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=3,

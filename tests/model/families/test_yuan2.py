@@ -214,11 +214,11 @@ def test_another_activation_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_readable_config_is_left_to_transformers(tmp_path):
-    families.register(tmp_path)
+    families.of_model(tmp_path)
     (tmp_path / "config.json").write_text("[1", "utf-8")
-    families.register(tmp_path)
+    families.of_model(tmp_path)
     (tmp_path / "config.json").write_text("[1]", "utf-8")
-    families.register(tmp_path)
+    families.of_model(tmp_path)
 
 
 def test_only_a_yuan_folder_imports_the_family(tmp_path):
@@ -227,7 +227,7 @@ def test_only_a_yuan_folder_imports_the_family(tmp_path):
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', "utf-8")
     script = ("import sys; from pathlib import Path; from weitiao.model import families\n"
-              f"families.register(Path({str(tmp_path)!r})); assert not any('yuan2' in m for m in sys.modules)\n")
+              f"families.of_model(Path({str(tmp_path)!r})); assert not any('yuan2' in m for m in sys.modules)\n")
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
