@@ -109,10 +109,12 @@ class DataSettings(Group):
     format: Literal["auto", "instruction", "completion", "messages", "sharegpt", "label"] = setting("auto", "how a row is laid out; auto: told from its columns")
     columns: dict[str, str] = setting({}, "other names of columns, such as {instruction: question, output: answer}")
     labels: Annotated[dict[str, str], BeforeValidator(_keys_as_text)] = setting({}, "text+label rows: the word that each label is answered with, such as {0: neg, 1: pos}")
+    label_scoring: Literal["token", "sequence"] = setting("token", "classify: a label is told by its one token; or by all tokens of its word and the stop token")
     template: str = setting("auto", "auto: the tokenizer's own chat template; or a named one, or a .jinja file")
     system: str | None = setting(None, "system text put before rows that have none")
     weight_column: str | None = setting(None, "column that holds how much a row counts in the loss")
     max_tokens: int | None = setting(None, "longest row; default: the model's limit or the rows' 99th percentile, whichever is less", "tokens", ge=8)
+    cut: Literal["auto", "end", "front"] = setting("auto", "what a row longer than that loses: the end of its answer, or the front of what was said; auto: the front where labels are learned")
     bad_rows: Literal["skip", "refuse"] = setting("skip", "rows that cannot teach: skip and name them, or stop")
     bad_share: float = setting(0.05, "stop in any case when more than this share of the rows cannot teach", ge=0, le=1)
 
@@ -310,7 +312,7 @@ class TrainingSettings(Group):
 
 class EvaluationSettings(Group):
     every: Literal["epoch", "end"] | Annotated[int, Field(ge=1)] = setting("epoch", "epoch, end, or a number of steps", "steps")
-    metric: Literal["loss", "exact_match", "field_f1"] = setting("loss", "what the best checkpoint is chosen by; the latter two need answers to be generated")
+    metric: Literal["loss", "exact_match", "field_f1", "accuracy", "macro_f1"] = setting("loss", "what the best checkpoint is chosen by; exact_match and field_f1 need answers to be generated, accuracy and macro_f1 need labels")
     rows: int | None = setting(None, "how many rows to generate answers for; default: all", "rows", ge=1)
     max_new_tokens: int | None = setting(None, "longest answer; default: a half more than the longest reference", "tokens", ge=1)
     batch_size: int = setting(16, "rows that answers are generated for at once", "rows", ge=1)
@@ -329,6 +331,7 @@ class Settings(Group):
 
     model: Annotated[ModelSettings, BeforeValidator(_name_alone)] = ModelSettings()
     data: DataSettings
+    task: Literal["auto", "answer", "classify"] = setting("auto", "answer: texts are learned; classify: one of a few labels is, and told by comparing them alone; auto: classify if all rows are text and label")
     method: Method = LoraSettings()
     tokens: TokensSettings = TokensSettings()
     training: TrainingSettings = TrainingSettings()
@@ -354,6 +357,10 @@ class Settings(Group):
             if any(given) and not all(given):
                 raise ValueError(f"{name}: give every file a share, or none")
         self._weights_can_learn()
+        if self.task == "answer" and self.data.label_scoring != "token":
+            raise ValueError("data.label_scoring goes with task=classify, and would do nothing here")
+        if self.task == "answer" and self.evaluation.metric in ("accuracy", "macro_f1"):
+            raise ValueError(f"evaluation.metric={self.evaluation.metric} goes with task=classify")
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
             raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
         return self
@@ -610,7 +617,7 @@ def every_setting() -> Iterator[tuple[str, FieldInfo, str]]:
                 for leaf, leaf_info in method.model_fields.items():
                     if leaf != "name":
                         yield f"method.{leaf}", leaf_info, method.model_fields["name"].default
-        elif name == "output":
+        elif name in ("task", "output"):
             yield name, info, ""
         else:
             for leaf, leaf_info in _group(info).model_fields.items():

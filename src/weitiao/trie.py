@@ -106,14 +106,21 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 def build(examples: Sequence[Example]) -> Trie:
     """Merge rows into one trie. A row that occurs twice is computed once, with twice the weight."""
-    rows = sorted(examples, key=sort_key)
-    size = sum(len(row) for row in rows)
+    return build_with_paths(examples)[0]
+
+
+def build_with_paths(examples: Sequence[Example]) -> tuple[Trie, list[np.ndarray]]:
+    """(the trie, for each example the nodes of its tokens, int64 [T], in the order of the examples)"""
+    order = sorted(range(len(examples)), key=lambda i: sort_key(examples[i]))
+    paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(examples)
+    size = sum(len(row) for row in examples)
     token, parent, depth, subtree_end = (np.zeros(size, np.int64) for _ in range(4))
     weight = np.zeros(size, np.float64)
     nodes = 0
     path = np.zeros(0, np.int64)  # the flat index of each token of the row before
     previous = np.zeros(0, np.int32)
-    for row in rows:
+    for i in order:
+        row = examples[i]
         shared = common_prefix(previous, row.ids)
         subtree_end[path[shared:]] = nodes  # nothing more comes below what this row leaves
         new = slice(nodes, nodes + len(row) - shared)
@@ -123,8 +130,8 @@ def build(examples: Sequence[Example]) -> Trie:
         parent[new] = indices - 1
         if len(indices):
             parent[new.start] = path[shared - 1] if shared else -1
-        path = np.concatenate([path[:shared], indices])
+        path = paths[i] = np.concatenate([path[:shared], indices])
         weight[path] += row.weights
         previous, nodes = row.ids, new.stop
     subtree_end[path] = nodes
-    return Trie(token[:nodes], parent[:nodes], depth[:nodes], subtree_end[:nodes], weight[:nodes].astype(np.float32))
+    return Trie(token[:nodes], parent[:nodes], depth[:nodes], subtree_end[:nodes], weight[:nodes].astype(np.float32)), paths

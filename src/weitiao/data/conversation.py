@@ -19,10 +19,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row as messages. bare_label: the answer is one of a few words, and no stop token is learned after it."""
+    """A row as messages. is_label: the answer is a row's label, one of a few words."""
 
     messages: tuple[Message, ...]
-    bare_label: bool = False
+    is_label: bool = False
     tools: tuple[Any, ...] = field(default=())
 
     def turns(self) -> list[int]:
@@ -38,6 +38,11 @@ class Conversation:
     def first_turns(self, count: int) -> Conversation:
         """The conversation up to its count-th learned turn."""
         return replace(self, messages=self.messages[: self.turns()[count - 1] + 1])
+
+    def answered(self, answer: str) -> Conversation:
+        """The same up to its last learned turn, with another answer there."""
+        last = self.turns()[-1]
+        return replace(self, messages=(*self.messages[:last], replace(self.messages[last], content=answer)))
 
     def as_dicts(self, stop: int | None = None) -> list[dict[str, str]]:
         """The first `stop` messages as chat templates take them."""

@@ -18,9 +18,10 @@ from weitiao.config import DataSettings, Source
 from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation
 from weitiao.data.formats import CannotTeach, convert, detect, row_weight
+from weitiao.data.labels import Labels, encode_labels, words_of
 from weitiao.data.rows import Row
 from weitiao.data.templates import Template
-from weitiao.data.tokens import EncodedTurn, encode_turn, examples
+from weitiao.data.tokens import EncodedTurn, cut_front, encode_turn, examples
 from weitiao.errors import RowError, TemplateError
 from weitiao.trie import Example
 
@@ -45,12 +46,16 @@ class TrainingRow:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows that can teach. max_tokens is the longest row in force; cut counts the rows that lost tokens to it."""
+    """Rows that can teach. max_tokens is the longest row in force; cut counts the rows that lost tokens to it.
+
+    labels: what the rows are classified as; None where texts are learned.
+    """
 
     rows: list[TrainingRow]
     skipped: list[Skipped] = field(default_factory=list)
     max_tokens: int = 0
     cut: int = 0
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,39 +85,43 @@ class Dataset:
         learn = [row for row in self.rows if row.where not in drawn]
         measure = [row for row in self.rows if row.where in drawn]
         return (
-            Dataset(learn, self.skipped, self.max_tokens, self.cut),
-            Dataset(measure, [], self.max_tokens, 0),
+            Dataset(learn, self.skipped, self.max_tokens, self.cut, self.labels),
+            Dataset(measure, [], self.max_tokens, 0, self.labels),
         )
 
 
 def load(
     sources: Sequence[Source], settings: DataSettings, template: Template, model_limit: int, vocabulary: int, seed: int,
     max_tokens: int | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+    task: str = "auto", labels: Labels | None = None,
 ) -> Dataset:
     """Read, convert, encode and cut the rows of some sources.
 
     Args:
         model_limit: the longest row the model takes, in tokens. vocabulary: rows of its embedding.
-        max_tokens: in the place of the setting's default, for rows that are measured as others were trained.
+        max_tokens, labels: in the place of the settings' defaults, for rows that are measured as others were trained.
         progress: wraps an iterable to show how far it is.
 
     Raises:
         RowError: nothing can be learned from any row, too many rows cannot teach, or an id is outside the embedding.
     """
     mixed = _read(sources, settings, seed)
-    skipped: list[Skipped] = []
+    said, skipped = _converted(mixed, settings)
+    labels = labels or _labels(task, [conversation for _, conversation in said], settings, template)
     encoded: list[tuple[Row, Conversation, list[EncodedTurn]]] = []
-    for row, format in progress(mixed, "Reading rows"):
+    for row, conversation in progress(said, "Reading rows"):
         try:
-            conversation = convert(row, format, settings)
-            encoded.append((row, conversation, _encode(conversation, template, model_limit)))
+            encoded.append((row, *_encode(conversation, template, model_limit, labels)))
         except (CannotTeach, TemplateError) as reason:
             skipped.append(Skipped(row.where, str(reason)))
-    longest = [max(len(turn) for turn in turns) for _, _, turns in encoded]
-    limit = min(max_tokens or settings.max_tokens or _usual_length(encoded, longest), model_limit)
+    longest = [max(_length(turn, labels) for turn in turns) for _, _, turns in encoded]
+    limit = min(max_tokens or settings.max_tokens or _usual_length(longest, labels is not None), model_limit)
+    cut_in_front = settings.cut == "front" or (settings.cut == "auto" and labels is not None)
     kept: list[TrainingRow] = []
     cut = 0
     for (row, conversation, turns), length in zip(encoded, longest, strict=True):
+        if length > limit and cut_in_front:
+            turns = _cut_in_front(conversation, turns, template, limit, labels)
         fitting = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
         paths = tuple(path for path in fitting if path.weights.any())
         if fitting and not paths:
@@ -128,14 +137,39 @@ def load(
     if not kept:
         raise RowError(f"Nothing can be learned from any of the {len(mixed)} rows: each has a weight of 0.",
                        f"Expected weights above 0 in the column {settings.weight_column!r}.")
-    return Dataset(kept, skipped, limit, cut)
+    return Dataset(kept, skipped, limit, cut, labels)
 
 
-def _usual_length(encoded: Sequence[tuple[Row, Conversation, list[EncodedTurn]]], longest: Sequence[int]) -> int:
-    """The 99th percentile of the rows' lengths; bare labels stand at the very end of their rows, so those stay whole."""
+def _converted(mixed: Sequence[tuple[Row, str]], settings: DataSettings) -> tuple[list[tuple[Row, Conversation]], list[Skipped]]:
+    said, skipped = [], []
+    for row, format in mixed:
+        try:
+            said.append((row, convert(row, format, settings)))
+        except CannotTeach as reason:
+            skipped.append(Skipped(row.where, str(reason)))
+    return said, skipped
+
+
+def _labels(task: str, conversations: Sequence[Conversation], settings: DataSettings, template: Template) -> Labels | None:
+    """What rows are classified as, if they are: asked for, or all of them text and label.
+
+    Raises:
+        RowError: there is one label only, or the labels cannot be told apart.
+    """
+    if not conversations or task == "answer" or (task == "auto" and not all(c.is_label for c in conversations)):
+        return None
+    words = words_of(conversations, settings.labels)
+    if len(words) < 2:
+        raise RowError(f"All rows are answered with {words[0]!r}.", "Expected two labels or more to classify.",
+                       "Look at the column of labels, name them all (data.labels), or learn the answers as text (task=answer).")
+    return encode_labels(words, conversations[0], template, settings.label_scoring)
+
+
+def _usual_length(longest: Sequence[int], whole: bool) -> int:
+    """The 99th percentile of the rows' lengths; or the longest, where rows are to stay whole, as those with labels are."""
     if not longest:
         return UNLIMITED
-    if all(conversation.bare_label for _, conversation, _ in encoded):
+    if whole:
         return max(longest)
     return int(np.percentile(longest, 99, method="higher"))
 
@@ -161,7 +195,52 @@ def _name_labels(found: list[Row], names: dict[int, str] | None) -> list[Row]:
     return [replace(row, fields=row.fields | {"label": names.get(row.fields["label"])}) for row in found]
 
 
-def _encode(conversation: Conversation, template: Template, model_limit: int) -> list[EncodedTurn]:
+def _encode(
+    conversation: Conversation, template: Template, model_limit: int, labels: Labels | None,
+) -> tuple[Conversation, list[EncodedTurn]]:
+    """What is learned of a row, and how."""
+    if labels:
+        return _classified(conversation, template, labels)
+    return conversation, _encode_turns(conversation, template, model_limit)
+
+
+def _classified(conversation: Conversation, template: Template, labels: Labels) -> tuple[Conversation, list[EncodedTurn]]:
+    """One prompt, and the label's ids behind it."""
+    first, *more = conversation.turns()
+    if more:
+        raise CannotTeach(f"{len(more) + 1} answers in one row, where one label is to be learned")
+    answer = conversation.messages[first]
+    if answer.content not in labels.words:
+        raise CannotTeach(f"the label {_short(answer.content)!r} is none of {', '.join(labels.words)}")
+    prompt = template.prompt_ids(conversation.as_dicts(first), conversation.tools)
+    turn = EncodedTurn(prompt, labels.of(answer.content), np.zeros(0, np.int32), answer.weight)
+    return conversation, [turn]
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def _length(turn: EncodedTurn, labels: Labels | None) -> int:
+    """What a turn takes; before any label the same room is left, so that no prompt's length tells its label."""
+    return len(turn.prompt) + labels.longest if labels else len(turn)
+
+
+def _cut_in_front(
+    conversation: Conversation, turns: Sequence[EncodedTurn], template: Template, limit: int, labels: Labels | None,
+) -> list[EncodedTurn]:
+    """Each turn's prompt without the front of what was said, as far as it must."""
+    def fitting(turn: EncodedTurn, place: int) -> EncodedTurn:
+        too_much = _length(turn, labels) - limit
+        if too_much <= 0:
+            return turn
+        head = template.head(conversation.as_dicts(place), conversation.tools)
+        return replace(turn, prompt=cut_front(turn.prompt, len(turn.prompt) - too_much, head))
+
+    return [fitting(turn, place) for turn, place in zip(turns, conversation.turns())]
+
+
+def _encode_turns(conversation: Conversation, template: Template, model_limit: int) -> list[EncodedTurn]:
     """The turns of a conversation up to where the model's limit ends it; a chat of 300 turns is not read to its end."""
     turns = []
     for turn in template.turns(conversation):

@@ -78,7 +78,7 @@ def _label(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
     if settings.labels and str(label) not in settings.labels:
         raise CannotTeach(f"label {label!r} is not among data.labels ({', '.join(settings.labels)})")
     conversation = _exchange(_text(fields, "text"), settings.labels.get(str(label), str(label)))
-    return Conversation(conversation.messages, bare_label=True)
+    return Conversation(conversation.messages, is_label=True)
 
 
 FORMATS: dict[str, Format] = {
@@ -142,7 +142,7 @@ def convert(row: Row, format: str, settings: DataSettings) -> Conversation:
     conversation = kind.convert(fields, settings)
     if settings.system and conversation.messages[0].role != "system":
         system = Message("system", settings.system)
-        conversation = Conversation((system, *conversation.messages), conversation.bare_label, conversation.tools)
+        conversation = Conversation((system, *conversation.messages), conversation.is_label, conversation.tools)
     if not conversation.turns():
         unlearned = any(m.role == "assistant" and m.content.strip() and m.weight == 0 for m in conversation.messages)
         raise CannotTeach("no answer with a loss_weight above 0" if unlearned else "no answer")

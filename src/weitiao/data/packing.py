@@ -12,7 +12,12 @@ from weitiao.trie import Example, Trie, build, common_prefix, sort_key
 
 
 def trie_passes(examples: Sequence[Example], budget: int) -> list[Trie]:
-    """Tries of at most `budget` nodes each, or of the longest row where that is more.
+    """Tries of at most `budget` nodes each, or of the longest row where that is more."""
+    return [build(rows) for rows in trie_rows(examples, budget)]
+
+
+def trie_rows(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+    """The rows of each of these tries.
 
     Rows are sorted, so each cut falls at a branch, and the shared prefix is repeated in both parts. With the number of
     passes known, the cuts are moved so that the largest pass is as small as can be: that bounds the memory.
@@ -33,7 +38,7 @@ def trie_passes(examples: Sequence[Example], budget: int) -> list[Trie]:
     longest = max(len(row) for row in rows)
     limit = _smallest(lambda n: len(cuts(n)), low=longest, high=max(longest, budget))
     starts = cuts(limit)
-    return [build(rows[a:b]) for a, b in zip(starts, starts[1:] + [len(rows)])]
+    return [rows[a:b] for a, b in zip(starts, starts[1:] + [len(rows)])]
 
 
 def padded_passes(examples: Sequence[Example], budget: int, virtual_tokens: int = 0) -> list[list[Example]]:

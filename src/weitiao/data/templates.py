@@ -22,6 +22,7 @@ import numpy as np
 
 from weitiao.data.conversation import Conversation
 from weitiao.errors import TemplateError, nearest
+from weitiao.trie import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,13 +36,12 @@ WITHOUT_OWN = "human_assistant"  # for tokenizers that bring no chat template, s
 class Turn:
     """One answer and the prompt that inference would send for it.
 
-    prompt: text; answer: text without the stop token; weight: how much it is learned; stops: is the stop token learned?
+    prompt: text; answer: text without the stop token; weight: how much it is learned.
     """
 
     prompt: str
     answer: str
     weight: float
-    stops: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,13 @@ class Template:
         """The ids that inference sends for these messages, int32 [T]."""
         return self.encode_prompts([self.render(messages, answer_next=True, tools=tools)])[0]
 
+    def head(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> int:
+        """How many tokens of the prompt stand before what the user says first: a BOS, a system text, a role's name."""
+        prompt = self.prompt_ids(messages, tools)
+        said = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+        others = [[*messages[:said], messages[said] | {"content": probe}, *messages[said + 1 :]] for probe in ("0", "是")]
+        return min(common_prefix(prompt, self.prompt_ids(other, tools)) for other in others)
+
     def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts that each begin a row, as ids with one BOS at most; several at once use several cores."""
         bos = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
@@ -124,7 +131,7 @@ class Template:
             answer = message.content
             if written.startswith(prompt):
                 answer = self._before_ending(written[len(prompt) :])
-            yield Turn(prompt, answer, message.weight, stops=not conversation.bare_label)
+            yield Turn(prompt, answer, message.weight)
 
     def _before_ending(self, written: str) -> str:
         """What the template makes of an answer (it may strip it, or write around it), up to the stop token."""

@@ -21,7 +21,7 @@ from weitiao.trie import Example
 
 @dataclass(frozen=True, eq=False)
 class EncodedTurn:
-    """A turn as ids, before anything is cut. prompt and answer int32; stop: ids that end it (one, or none)."""
+    """A turn as ids, before anything is cut. prompt and answer int32; stop: the id that ends it; none after a label."""
 
     prompt: np.ndarray
     answer: np.ndarray
@@ -38,15 +38,24 @@ def encode_turn(turn: Turn, template: Template) -> EncodedTurn:
         answer = both[len(prompt) :]
     else:
         answer = np.asarray(template.tokenizer(turn.answer, add_special_tokens=False).input_ids, np.int32)
-    stop = np.asarray([template.stop_id] if turn.stops else [], np.int32)
-    return EncodedTurn(prompt, answer, stop, turn.weight)
+    return EncodedTurn(prompt, answer, np.asarray([template.stop_id], np.int32), turn.weight)
+
+
+def cut_front(prompt: np.ndarray, most: int, head: int) -> np.ndarray:
+    """The first `head` tokens of a prompt and its last ones, `most` in all; unchanged if it is shorter, or there is no room.
+
+    cut_front([s, 1, 2, 3, 4], most=3, head=1) = [s, 3, 4]
+    """
+    if len(prompt) <= most or most <= head:
+        return prompt
+    return np.concatenate([prompt[:head], prompt[len(prompt) - (most - head) :]])
 
 
 def examples(turns: Iterable[EncodedTurn], max_tokens: int, row: int, row_weight: float) -> Iterator[Example]:
     """The paths of one row, none longer than max_tokens.
 
     A chat ends with the last turn that fits whole. Where even the first turn is too long, its answer is cut and keeps
-    its stop token; if nothing of the answer is left, there is no path. A bare label is whole or not there.
+    its stop token; if nothing of the answer is left, there is no path. A label is whole or not there.
     """
     for i, turn in enumerate(turns):
         room = max_tokens - len(turn.prompt) - len(turn.stop)

@@ -1,23 +1,30 @@
-"""Rows that are measured and not learned: their loss, and the scores of the answers a model gives to them."""
+"""Rows that are measured and not learned: their loss, and the scores of the answers a model gives to them.
+
+Rows with labels are not answered in words: the labels' probabilities behind the row are compared, and the likeliest one is
+the answer. So every answer is a label, and no other word that the model finds likely stands in the way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from weitiao import metrics
 from weitiao.config import EvaluationSettings
 from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.data.dataset import TrainingRow
-from weitiao.data.packing import padded_passes, trie_passes
+from weitiao.data.labels import Labels, prompt_of
+from weitiao.data.packing import padded_passes, trie_passes, trie_rows
 from weitiao.data.templates import Template
 from weitiao.model.generate import Sampling, answer_all
 from weitiao.model.load import virtual_places
-from weitiao.train.loss import summed_loss
-from weitiao.trie import Example
+from weitiao.train.loss import summed_loss, token_nll
+from weitiao.trie import Example, build_with_paths
 
 Progress = Callable[[Iterable, str], Iterable]
 
@@ -45,18 +52,60 @@ def mean_loss(
     places = virtual_places(model)
     passes = trie_passes(examples, budget - places) if layout == "trie" else padded_passes(examples, budget, places)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with measuring(model), autocast():
+        for one in progress(passes[rank::world], "Measuring"):
+            batch = trie_batch(one, device) if layout == "trie" else padded_batch(one, pad_id, device)
+            weights = batch["trie"].weights if layout == "trie" else batch["weights"]
+            totals += torch.stack([summed_loss(model, batch).double(), weights.double().sum()])
+    loss, weight = reduce(totals).tolist()
+    return loss / weight
+
+
+@contextmanager
+def measuring(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and the mode it was in afterwards."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast():
-            for one in progress(passes[rank::world], "Measuring"):
-                batch = trie_batch(one, device) if layout == "trie" else padded_batch(one, pad_id, device)
-                weights = batch["trie"].weights if layout == "trie" else batch["weights"]
-                totals += torch.stack([summed_loss(model, batch).double(), weights.double().sum()])
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
-    loss, weight = reduce(totals).tolist()
-    return loss / weight
+
+
+def label_nll(
+    model: torch.nn.Module, prompts: Sequence[np.ndarray], labels: Labels, layout: str, budget: int, pad_id: int, device: Any,
+    autocast: Callable[[], Any], rank: int = 0, world: int = 1, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+    progress: Progress = no_progress,
+) -> np.ndarray:
+    """-log p(label | prompt) in nats, float64 [prompts, labels]; on tries a prompt is computed once for all its labels.
+
+    Args:
+        prompts: int32 [T] each. Each process takes every world-th pass; `reduce` sums over processes.
+    """
+    paths = [path for i, prompt in enumerate(prompts) for path in labels.paths(prompt, i * len(labels))]
+    places = virtual_places(model)
+    passes = trie_rows(paths, budget - places) if layout == "trie" else padded_passes(paths, budget, places)
+    found = torch.zeros(len(paths), dtype=torch.float64, device=device)
+    with measuring(model), autocast():
+        for rows in progress(passes[rank::world], "Comparing labels"):
+            found[[row.row for row in rows]] = _nll_by_trie(model, rows, device) if layout == "trie" else _nll_by_rows(model, rows, pad_id, device)
+    return reduce(found).cpu().numpy().reshape(len(prompts), len(labels))
+
+
+def _nll_by_trie(model: torch.nn.Module, rows: Sequence[Example], device: Any) -> torch.Tensor:
+    """float64 [rows]"""
+    trie, paths = build_with_paths(rows)
+    by_node = torch.zeros(len(trie), dtype=torch.float64, device=device)
+    by_node[torch.from_numpy(trie.edges())] = model(**trie_batch(trie, device), per_edge=True).double()
+    return torch.stack([by_node[torch.from_numpy(path[row.weights > 0])].sum() for row, path in zip(rows, paths, strict=True)])
+
+
+def _nll_by_rows(model: torch.nn.Module, rows: Sequence[Example], pad_id: int, device: Any) -> torch.Tensor:
+    """float64 [rows]; the second, independent path."""
+    batch = padded_batch(rows, pad_id, device)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return token_nll(logits, batch["targets"], batch["weights"]).double().sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +116,6 @@ class Question:
     messages: list[dict[str, str]]
     tools: tuple[Any, ...]
     reference: str
-    bare_label: bool
 
 
 def questions(rows: Sequence[TrainingRow]) -> list[Question]:
@@ -75,8 +123,55 @@ def questions(rows: Sequence[TrainingRow]) -> list[Question]:
     for row in rows:
         last = row.conversation.turns()[-1]
         found.append(Question(row.where, row.conversation.as_dicts(last), row.conversation.tools,
-                              row.conversation.messages[last].content, row.conversation.bare_label))
+                              row.conversation.messages[last].content))
     return found
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """loss in nats a learned token, accuracy, macro_f1: shares in [0, 1]; confusion[i][j]: rows of label i taken for label j."""
+
+    rows: int
+    loss: float
+    accuracy: float
+    macro_f1: float
+    labels: tuple[str, ...]
+    confusion: list[list[int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"labels": list(self.labels)}
+
+
+def classify(nll: np.ndarray, labels: Labels) -> tuple[list[str], np.ndarray]:
+    """(the likeliest label of each prompt, its share of the labels' probability [prompts]) from `label_nll`."""
+    likely = np.exp(nll.min(axis=1, keepdims=True) - nll)
+    return [labels.words[k] for k in nll.argmin(axis=1)], likely.max(axis=1) / likely.sum(axis=1)
+
+
+def score_labels(nll: np.ndarray, references: Sequence[str], labels: Labels) -> LabelScores:
+    """What `label_nll` found against the rows' own labels; loss as `mean_loss` has it."""
+    answers, _ = classify(nll, labels)
+    right = [labels.words.index(word) for word in references]
+    return LabelScores(
+        rows=len(answers),
+        loss=float(nll[np.arange(len(right)), right].sum() / sum(len(labels.ids[k]) for k in right)),
+        accuracy=metrics.accuracy(answers, references),
+        macro_f1=metrics.macro_f1(answers, references, labels.words),
+        labels=labels.words,
+        confusion=[row[:-1] for row in metrics.confusion(answers, references, labels.words)],  # none is neither
+    )
+
+
+def label_prompts(rows: Sequence[TrainingRow]) -> list[np.ndarray]:
+    return [prompt_of(row.examples[0]) for row in rows]
+
+
+def label_samples(rows: Sequence[TrainingRow], nll: np.ndarray, labels: Labels) -> list[dict[str, Any]]:
+    """{where, prompt, reference, answer, probability} a row."""
+    return [
+        {"where": q.where, "prompt": q.messages[-1]["content"], "reference": q.reference, "answer": answer, "probability": round(float(p), 6)}
+        for q, answer, p in zip(questions(rows), *classify(nll, labels), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -100,23 +195,15 @@ def answer_and_score(
     model, template: Template, asked: Sequence[Question], settings: EvaluationSettings, progress: Progress = no_progress,
 ) -> tuple[list[dict[str, str]], Scores]:
     """Greedy answers to some questions, as samples ({where, prompt, reference, answer}), and what they score."""
-    labels = {q.reference for q in asked}
     asked = list(asked[: settings.rows])
     prompts = [template.prompt_ids(q.messages, q.tools) for q in asked]
     limit = settings.max_new_tokens or longest_answer(template, asked)
     answers = answer_all(model, template, prompts, Sampling(limit), settings.batch_size, progress)
-    answers = [label_of(a, labels) if q.bare_label else a for a, q in zip(answers, asked, strict=True)]
     samples = [
         {"where": q.where, "prompt": q.messages[-1]["content"], "reference": q.reference, "answer": a}
         for q, a in zip(asked, answers, strict=True)
     ]
     return samples, score(answers, [q.reference for q in asked])
-
-
-def label_of(answer: str, labels: Collection[str]) -> str:
-    """The label that an answer begins with; no stop token is learned after a bare label, so more may follow it."""
-    answer = answer.strip()
-    return max((label for label in labels if answer.startswith(label)), key=len, default=answer)
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> Scores:
@@ -126,7 +213,4 @@ def score(answers: Sequence[str], references: Sequence[str]) -> Scores:
 
 def longest_answer(template: Template, asked: Sequence[Question]) -> int:
     """A half more than the longest reference, in tokens, the stop token counted."""
-    lengths = [len(template.tokenizer(q.reference, add_special_tokens=False).input_ids) + 1 for q in asked]
-    if all(q.bare_label for q in asked):
-        return max(lengths)
-    return int(1.5 * max(lengths))
+    return int(1.5 * max(len(template.tokenizer(q.reference, add_special_tokens=False).input_ids) + 1 for q in asked))

@@ -27,11 +27,14 @@ from safetensors.torch import load_file, save_file
 
 from weitiao.config import Settings
 from weitiao.data.dataset import TrainingRow
+from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.errors import RunError, TrainingStopped
 from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
-from weitiao.train.evaluation import answer_and_score, make_passes, mean_loss, questions
+from weitiao.train.evaluation import (
+    answer_and_score, label_nll, label_prompts, make_passes, mean_loss, questions, score_labels,
+)
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
 from weitiao.train.optimizer import make_optimizer, make_scheduler, step_scheduler
@@ -99,6 +102,7 @@ class Training:
     layout: str
     budget: int
     listener: Listener
+    labels: Labels | None = None
     stop_requested: Callable[[], bool] = lambda: False
     best: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -225,12 +229,16 @@ class Training:
         """Measure the rows set aside, and remember the best step."""
         settings = self.settings.evaluation
         line: dict[str, Any] = {"step": self.step, "epoch": round(self.schedule.epoch(self.step), 6)}
-        line["eval_loss"] = mean_loss(
-            # Not through DDP: its forward would wait for processes that have no pass to measure.
-            self.plain_model, self.eval_rows, self.layout, self.budget, self.template.pad_id, self.accelerator.device,
-            self.accelerator.autocast, self.rank, self.world, lambda t: self.accelerator.reduce(t, reduction="sum"),
-        )
-        if settings.metric != "loss":
+        common = (self.layout, self.budget, self.template.pad_id, self.accelerator.device, self.accelerator.autocast,
+                  self.rank, self.world, lambda t: self.accelerator.reduce(t, reduction="sum"))
+        # Not through DDP: its forward would wait for processes that have no pass to measure.
+        if self.labels:
+            scores = score_labels(label_nll(self.plain_model, label_prompts(self.eval_rows), self.labels, *common),
+                                  [q.reference for q in questions(self.eval_rows)], self.labels)
+            line |= {"eval_loss": scores.loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+        else:
+            line["eval_loss"] = mean_loss(self.plain_model, self.eval_rows, *common)
+        if settings.metric != "loss" and settings.metric not in line:
             # One process answers, so that all agree on which step is the best.
             (scores,) = broadcast_object_list([self._answer() if self.is_main else None])
             line |= scores
@@ -248,8 +256,9 @@ class Training:
             _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings)
         found = {k: v for k, v in scores.as_dict().items() if k in ("exact_match", "field_f1")}
         if settings.metric not in found:
+            wanted = "answers that are JSON objects" if settings.metric == "field_f1" else "rows with labels (task=classify)"
             raise RunError(f"evaluation.metric = {settings.metric!r} cannot be measured on these rows.",
-                           "Expected answers that are JSON objects.", "Choose loss or exact_match.")
+                           f"Expected {wanted}.", "Choose loss or exact_match.")
         return found
 
     def _record(self, line: dict[str, Any]) -> None:

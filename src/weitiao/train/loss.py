@@ -109,9 +109,14 @@ class _EdgeLoss(torch.autograd.Function):
 
 def padded_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """sum(weights * nll) the plain way: logits [B, T, V], targets and weights [B, T]. The second, independent path."""
+    return (token_nll(logits, targets, weights) * weights).sum()
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[B, T]: the nll of each target that weighs something, 0 elsewhere."""
     learned = weights > 0
     nll = F.cross_entropy(_wide(logits[learned]), targets[learned], reduction="none")
-    return (nll * weights[learned]).sum()
+    return nll.new_zeros(weights.shape).masked_scatter(learned, nll)
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, resolve
 from weitiao.screen import Screen, StepLine, duration
 from weitiao.train import memory
+from weitiao.train.evaluation import questions
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
@@ -177,14 +179,24 @@ def read_rows(
     if settings.tokens.add:
         vocabulary = max(vocabulary, len(template.tokenizer))
     facts = (settings.data, template, room, vocabulary, settings.training.seed)
-    data = load(settings.data.train, *facts, progress=screen.progress)
+    data = load(settings.data.train, *facts, progress=screen.progress, task=settings.task)
+    refuse_metric(settings.evaluation.metric, data.labels is not None)
     if settings.data.eval:
         # Its rows count alike: a weight column is the training rows' own.
         measured = settings.data.model_copy(update={"weight_column": None})
-        return data, load(settings.data.eval, measured, *facts[1:], max_tokens=data.max_tokens, progress=screen.progress)
+        return data, load(settings.data.eval, measured, *facts[1:], max_tokens=data.max_tokens, progress=screen.progress,
+                          task=settings.task, labels=data.labels)
     if settings.data.eval_share and len(data) > 1:
         return data.split(settings.data.eval_share, settings.training.seed)
     return data, Dataset([])
+
+
+def refuse_metric(metric: str, labelled: bool) -> None:
+    """A metric that these rows cannot be measured by."""
+    fit = ("accuracy", "macro_f1") if labelled else ("exact_match", "field_f1")
+    if metric != "loss" and metric not in fit:
+        raise SettingError(f"evaluation.metric={metric} cannot be measured on rows with {'labels' if labelled else 'answers in words'}.",
+                           f"Expected loss, {' or '.join(fit)}.")
 
 
 def room_beside(virtual_tokens: int, limit: int) -> int:
@@ -215,6 +227,7 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     filled = job.settings.model_copy(update={
         "model": job.settings.model.model_copy(update={"name": name if name in EMBEDDED else _absolute(name)}),
         "data": found_from_anywhere(job.settings.data, job.data.max_tokens),
+        "task": "classify" if job.data.labels else "answer",
         "training": training.model_copy(update={
             "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing,
             "learning_rate": job.settings.learning_rate,
@@ -324,6 +337,8 @@ def show_job(job: Job, screen: Screen) -> None:
         ("steps", f"{schedule.steps:,}, each of {_count(min(settings.training.batch_size, len(job.data)), 'row')}; "
                   f"{schedule.steps / schedule.steps_per_epoch:.3g} times through all rows"),
     ]
+    if job.data.labels:
+        rows.insert(4, ("labels", class_shares(job.data)))
     if settings.tokens.add:
         rows.insert(2, ("new tokens", ", ".join(settings.tokens.add)))
     if job.data.skipped:
@@ -332,6 +347,12 @@ def show_job(job: Job, screen: Screen) -> None:
     screen.tell(f"\n{trainable_summary(trainable, total)}\n")
     for note in quantize.dtype_notes(job.model, job.compute):
         screen.tell(note, style="yellow")
+
+
+def class_shares(data: Dataset) -> str:
+    """`neg 50.0%, pos 50.0%`"""
+    found = Counter(question.reference for question in questions(data.rows))
+    return ", ".join(f"{word} {found[word] / len(data):.1%}" for word in data.labels.words)
 
 
 def _count(number: int, noun: str) -> str:
@@ -381,6 +402,7 @@ def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
         "rows": len(job.data), "tokens": job.data.tokens, "learned_tokens": job.data.learned_tokens, "cut": job.data.cut,
         "fingerprint": job.data.fingerprint(), "eval_rows": len(job.eval_data),
         "eval_fingerprint": job.eval_data.fingerprint(),
+        "labels": job.data.labels.as_dict() if job.data.labels else None,
         "skipped": [{"where": s.where, "reason": s.reason} for s in job.data.skipped],
     })
     run.write_json("proof.json", proof.as_dict() if proof else {"passed": None, "reason": job.obstacle or "training.layout=padded"})
@@ -418,7 +440,7 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
         with interruptible(screen) as signals:
             training = Training(
                 settings, run, job.model, job.method, job.base_name, job.template, job.data.rows, job.eval_data.rows,
-                job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
+                job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line, job.data.labels,
                 stop_requested=lambda: bool(signals),
             )
             if checkpoint:

@@ -14,6 +14,7 @@ from weitiao.data.formats import CannotTeach, convert, detect, rename, with_answ
 from weitiao.errors import RowError, SettingError, SourceError
 from weitiao.model.generate import Sampling, answer_all, room, stream
 from weitiao.screen import Screen, quiet_libraries
+from weitiao.train.evaluation import classify
 from weitiao.train.folder import write_text
 from weitiao.use.trained import Trained, open_trained
 
@@ -50,8 +51,12 @@ def chat(run: str, max_new_tokens: int, temperature: float, top_p: float, system
 
 def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Screen) -> Messages:
     """Stream one answer; the messages with it, or without the question where the answer was broken off."""
-    prompt = trained.template.prompt_ids(messages)
+    prompt = trained.prompt_ids(messages)
     limit = room(trained.model)
+    if trained.labels and len(prompt) + trained.labels.longest <= limit:
+        ((label,), (share,)) = classify(trained.label_nll([prompt]), trained.labels)
+        print(f"{label} ({share:.1%})", flush=True)
+        return messages[:-1]  # each text is told by itself
     if len(prompt) + 1 > limit:
         screen.tell(f"The conversation has {len(prompt)} tokens; the model takes {limit}. /reset begins anew.", style="yellow")
         return messages[:-1]
@@ -84,16 +89,21 @@ def generate(
         asked += read_prompts(file, trained)
     opening = system or trained.settings.data.system
     asked = [c if c.messages[0].role == "system" or not opening else c.opened_by(opening) for c in asked]
-    ids = [trained.template.prompt_ids(c.as_dicts(), c.tools) for c in asked]
+    ids = [trained.prompt_ids(c.as_dicts(), c.tools) for c in asked]
     limit = room(trained.model)
     for number, prompt in enumerate(ids, 1):
         if len(prompt) >= limit:
             raise RowError(f"Prompt {number} has {len(prompt)} tokens.", f"The model takes {limit}, the answer counted.", "Shorten it.")
-    with trained.autocast():
-        answers = answer_all(
-            trained.model, trained.template, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
-        )
-    lines = [{"prompt": c.messages[-1].content, "answer": a} for c, a in zip(asked, answers, strict=True)]
+    if trained.labels:
+        found = zip(*classify(trained.label_nll(ids, screen.progress), trained.labels), strict=True)
+        answers = [{"answer": label, "probability": round(float(share), 6)} for label, share in found]
+    else:
+        with trained.autocast():
+            texts = answer_all(
+                trained.model, trained.template, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
+            )
+        answers = [{"answer": text} for text in texts]
+    lines = [{"prompt": c.messages[-1].content, **answer} for c, answer in zip(asked, answers, strict=True)]
     if output:
         write_text(Path(output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         screen.tell(f"{len(lines)} answers are in {output}.")

@@ -8,11 +8,11 @@ from typing import Any
 
 from weitiao import metrics
 from weitiao.config import EvaluationSettings, Source
-from weitiao.data.dataset import Dataset, TrainingRow, load, skipped_summary
+from weitiao.data.dataset import Dataset, TrainingRow, skipped_summary
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train import memory
-from weitiao.train.evaluation import answer_and_score, mean_loss, questions
+from weitiao.train.evaluation import answer_and_score, label_prompts, label_samples, mean_loss, questions, score_labels
 from weitiao.train.folder import write_text
 from weitiao.use.trained import Trained, open_trained
 
@@ -37,21 +37,15 @@ def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_
 def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Dataset:
     """Rows of a file, else the run's data.eval, else the share it set aside."""
     settings = trained.settings
-    common = dict(settings=settings.data, template=trained.template, model_limit=trained.row_limit,
-                  vocabulary=trained.model.config.get_text_config().vocab_size,
-                  seed=settings.training.seed, max_tokens=settings.data.max_tokens, progress=screen.progress)
-    if data or settings.data.eval:
-        # Rows of their own count alike: a weight column is the training rows'.
-        common["settings"] = settings.data.model_copy(update={"weight_column": None})
     if data:
-        found = load([Source(path=data)], **common)
+        found = trained.read([Source(path=data)], screen.progress)
         if found.skipped:
             screen.tell(f"{len(found.skipped)} rows cannot be measured:\n{skipped_summary(found.skipped)}", style="yellow")
         return found
     if settings.data.eval:
-        return unchanged(trained, load(settings.data.eval, **common))
+        return unchanged(trained, trained.read(settings.data.eval, screen.progress))
     if settings.data.eval_share:
-        return unchanged(trained, load(settings.data.train, **common).split(settings.data.eval_share, settings.training.seed)[1])
+        return unchanged(trained, trained.read(settings.data.train, screen.progress, own=True).split(settings.data.eval_share, settings.training.seed)[1])
     raise RunError(f"{trained.run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
                    f"Name some: weitiao evaluate {trained.run.path} --data rows.jsonl")
 
@@ -68,7 +62,12 @@ def unchanged(trained: Trained, rows: Dataset) -> Dataset:
 def measure(
     trained: Trained, rows: Sequence[TrainingRow], asked: EvaluationSettings, screen: Screen,
 ) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """(samples, {loss, perplexity, exact_match, field_f1, …})"""
+    """(samples, {loss, perplexity, exact_match, field_f1, …}), or {loss, accuracy, macro_f1, confusion} of labels"""
+    if trained.labels:
+        rows = rows[: asked.rows]
+        nll = trained.label_nll(label_prompts(rows), screen.progress)
+        scores = score_labels(nll, [q.reference for q in questions(rows)], trained.labels)
+        return label_samples(rows, nll, trained.labels), scores.as_dict()
     training = trained.settings.training
     loss = mean_loss(
         trained.model, rows, training.layout, training.nodes_per_pass or memory.LEAST_NODES,
@@ -82,13 +81,17 @@ def measure(
 def show(results: dict[str, dict[str, Any]], rows: int, screen: Screen) -> None:
     names = list(results)
     lines = [[key, *(_cell(results[n].get(key)) for n in names)] for key in
-             ("loss", "perplexity", "exact_match", "field_f1", "field_precision", "field_recall", "json_parsed")
+             ("loss", "perplexity", "accuracy", "macro_f1", "exact_match", "field_f1", "field_precision", "field_recall", "json_parsed")
              if any(key in results[n] for n in names)]
     fields = results["tuned"].get("per_field", {})
     lines += [[f"F1 of {field}", *(_cell(results[n].get("per_field", {}).get(field, {}).get("f1")) for n in names)] for field in fields]
     screen.tell()
     answered = results["tuned"]["rows"]
     screen.grid([f"{rows} rows" if answered == rows else f"{rows} rows, {answered} answered", *names], lines)
+    if labels := results["tuned"].get("labels"):
+        screen.tell()
+        counts = results["tuned"]["confusion"]
+        screen.grid(["label ↓, answer →", *labels], [[word, *map(str, row)] for word, row in zip(labels, counts, strict=True)])
 
 
 def _cell(value: float | None) -> str:

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from weitiao.config import Settings
-from weitiao.data.dataset import TrainingRow, load
+from weitiao.data.dataset import TrainingRow
 from weitiao.errors import RunError, SettingError
 from weitiao.model import quantize
 from weitiao.model.load import DTYPES, load_model
@@ -154,13 +154,7 @@ def write(merged: torch.nn.Module, trained: Trained, folder: Path) -> None:
 
 def proof_rows(trained: Trained) -> list[TrainingRow]:
     """Rows the run was trained or measured on."""
-    settings = trained.settings
-    sources = settings.data.eval or settings.data.train
-    data = load(
-        sources, settings.data, trained.template, trained.row_limit,
-        trained.model.config.get_text_config().vocab_size, settings.training.seed, settings.data.max_tokens,
-    )
-    return data.rows[:PROMPTS]
+    return trained.read(trained.settings.data.eval or trained.settings.data.train).rows[:PROMPTS]
 
 
 def loss_of(model: torch.nn.Module, rows: Sequence[TrainingRow], pad_id: int, autocast: Callable[[], Any]) -> float:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from weitiao.config import ModelSettings, Settings
+from weitiao.config import ModelSettings, Settings, Source
+from weitiao.data.dataset import Dataset, load
+from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
+from weitiao.data.tokens import cut_front
 from weitiao.errors import RunError
 from weitiao.model import load as loading
 from weitiao.model import quantize
@@ -18,6 +23,8 @@ from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.method import Method
 from weitiao.model.source import resolve
 from weitiao.screen import Screen
+from weitiao.train import memory
+from weitiao.train.evaluation import Progress, label_nll, no_progress
 from weitiao.train.folder import RunFolder, open_run
 from weitiao.train.loss import learn_on_tries
 
@@ -32,6 +39,7 @@ class Trained:
     method: Method
     model: torch.nn.Module
     compute: torch.dtype
+    labels: Labels | None  # of a run that classifies
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +49,27 @@ class Trained:
     def row_limit(self) -> int:
         """The longest row, in tokens, beside the places that the method takes."""
         return loading.model_limit(self.model.config) - self.method.virtual_tokens(self.settings.method, self.template.tokenizer)
+
+    def read(self, sources: Sequence[Source], progress: Progress = no_progress, own: bool = False) -> Dataset:
+        """Rows as the run reads them. own: those it was trained on, which data.weight_column is for."""
+        data = self.settings.data if own else self.settings.data.model_copy(update={"weight_column": None})
+        return load(
+            sources, data, self.template, self.row_limit, self.model.config.get_text_config().vocab_size, self.settings.training.seed,
+            data.max_tokens, progress, self.settings.task, self.labels,
+        )
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> np.ndarray:
+        """The ids of a prompt as the run learned from such: before a label, cut in front to the run's longest row."""
+        prompt, data = self.template.prompt_ids(messages, tools), self.settings.data
+        if self.labels is None or data.cut == "end":
+            return prompt
+        return cut_front(prompt, min(data.max_tokens, self.row_limit) - self.labels.longest, self.template.head(messages, tools))
+
+    def label_nll(self, prompts: Sequence[np.ndarray], progress: Progress = no_progress) -> np.ndarray:
+        """-log p(label | prompt), float64 [prompts, labels]."""
+        training = self.settings.training
+        return label_nll(self.model, prompts, self.labels, training.layout, training.nodes_per_pass or memory.LEAST_NODES,
+                         self.template.pad_id, self.device, self.autocast, progress=progress)
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.compute, enabled=loading.is_mixed(self.model, self.compute))
@@ -72,7 +101,8 @@ def open_trained(path: str, screen: Screen, base: str = "trained") -> Trained:
         raise RunError(f"What was learned cannot be read from {weights / method.FOLDER}: {str(error).splitlines()[0]}",
                        "Expected the files as training left them.",
                        f"Use a checkpoint: {run.path}/checkpoints/N, N one of {steps}.") from error
-    return Trained(run, weights, settings, folder, template, method, loading.place(model, device).eval(), compute)
+    return Trained(run, weights, settings, folder, template, method, loading.place(model, device).eval(), compute,
+                   Labels.from_dict(run.read_json("data.json").get("labels")))
 
 
 def load_base(folder: Path, settings: Settings, base: str, device: torch.device) -> tuple[torch.nn.Module, torch.dtype]:
