@@ -63,8 +63,9 @@ def bloom_shapes(h: int, vocabulary: int) -> Shapes:
     parts = {"word_embeddings": (vocabulary, h), "word_embeddings_layernorm": (h,), "ln_f": (h,)}
     for layer in (f"h.{i}." for i in range(LAYERS)):
         parts |= {
-            layer + "input_layernorm": (h,), layer + "self_attention.query_key_value": (3 * h, h), layer + "self_attention.dense": (h, h),
-            layer + "post_attention_layernorm": (h,), layer + "mlp.dense_h_to_4h": (4 * h, h), layer + "mlp.dense_4h_to_h": (h, 4 * h),
+            layer + "input_layernorm": (h,), layer + "post_attention_layernorm": (h,),
+            layer + "self_attention.query_key_value": (3 * h, h), layer + "self_attention.dense": (h, h),
+            layer + "mlp.dense_h_to_4h": (4 * h, h), layer + "mlp.dense_4h_to_h": (h, 4 * h),
         }
     biases = {f"{name}.bias": shape[:1] for name, shape in parts.items() if name != "word_embeddings"}
     return {f"{name}.weight": shape for name, shape in parts.items()} | biases

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_example_rows import script  # noqa: F401
 
 from weitiao import config
 from weitiao.config import ModelSettings
@@ -29,7 +28,9 @@ WRITERS = {
     "yuan2": checkpoints.yuan2,
     "chatglm3": checkpoints.chatglm3,
 }
-PUBLISHED_IN = {"bloom": torch.float16, "llama2": torch.float16, "gpt2": torch.float32, "yuan2": torch.bfloat16, "chatglm3": torch.float16}
+PUBLISHED_IN = {
+    "bloom": torch.float16, "llama2": torch.float16, "gpt2": torch.float32, "yuan2": torch.bfloat16, "chatglm3": torch.float16,
+}
 BUFFERS = (".inv_freq", ".attn.bias")  # in the files, and no weights
 
 # What is trained, on which rows; how the tutorial does it.
@@ -56,17 +57,9 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def make_rows():
-    spec = importlib.util.spec_from_file_location("examples_make_rows", Path(__file__).parents[1] / "examples" / "make_rows.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module.make_rows
-    del sys.modules[spec.name]
-
-
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items() if not name.endswith(BUFFERS)}
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -130,7 +123,8 @@ def test_a_real_tokenizer_can_take_the_small_ones_place(name, writer, vocabulary
     if name == "gpt2":
         assert [tokenizer(word).input_ids for word in ("neg", "pos")] == [[12480], [1930]] and tokenizer.eos_token_id == 50_256
     else:
-        assert tokenizer.convert_tokens_to_ids(["<eod>", "<sep>"]) == [77_185, 77_187] == [model.config.eod_token, model.config.sep_token]
+        ids = [77_185, 77_187]
+        assert tokenizer.convert_tokens_to_ids(["<eod>", "<sep>"]) == ids == [model.config.eod_token, model.config.sep_token]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -144,10 +138,10 @@ def test_the_same_call_writes_the_same_bytes(folders, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_learns_from_the_examples_rows(folders, make_rows, name, tmp_path):
+def test_it_learns_from_the_examples_rows(folders, script, name, tmp_path):  # noqa: F811
     kind, asked = RUNS[name]
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(kind, 12)[0]), "utf-8")
+    rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in script.make_rows(kind, 12)[0]), "utf-8")
     settings = config.parse(asked | {
         "model": str(folders(name)), "data": {"train": str(rows)} | asked.get("data", {}), "output": str(tmp_path / "run"),
         "training": {"steps": 2, "batch_size": 6, "learning_rate": 1e-3, "layout": "trie", "checkpointing": True},
