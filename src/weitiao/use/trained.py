@@ -21,7 +21,7 @@ from weitiao.model import load as loading
 from weitiao.model import quantize
 from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.method import Method
-from weitiao.model.source import resolve
+from weitiao.model.source import model_folder
 from weitiao.screen import Screen
 from weitiao.train import memory
 from weitiao.train.evaluation import Progress, label_nll, no_progress
@@ -86,7 +86,7 @@ def open_trained(path: str, screen: Screen, base: str = "trained") -> Trained:
     """
     run, weights = open_run(path)
     settings = run.settings()
-    folder = resolve(settings.model.name, revision=settings.model.revision, notify=screen.tell)
+    folder = model_folder(settings.model, notify=screen.tell)
     template = stored_template(run, loading.load_tokenizer(folder, settings.model))
     method = method_of(settings, template.tokenizer)
     quantize.refuse_unfit(settings.model, loading.load_config(folder, settings.model), method.TRAINS_ALL)
