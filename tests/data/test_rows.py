@@ -363,7 +363,8 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    "path, set_id", [("owner/name", "owner/name"), ("hub:owner/name", "owner/name"), ("hub:imdb", "imdb")]
+    "path, set_id",
+    [("owner/name", "owner/name"), ("hub:owner/name", "owner/name"), ("hub:rotten_tomatoes", "rotten_tomatoes")],
 )
 def test_a_hub_set_is_loaded_by_its_id(hub, path, set_id):
     rows = list(read_rows(path, split="test", name="en"))
@@ -385,6 +386,10 @@ def test_an_id_whose_first_part_is_a_folder_here_is_a_path(hub):
     message = refusal(SourceError, "data/row")
     assert message.startswith("data/row: no such file or folder.\nThe folder holds: rows.jsonl.\n")
     assert message.endswith("write hub:data/row") and not hub.asked
+
+
+def test_a_bare_name_is_told_how_to_be_written(hub):
+    assert refusal(SourceError, "rotten_tomatoes").endswith("write hub:rotten_tomatoes") and not hub.asked
 
 
 def test_without_a_network_one_message_comes_at_once_and_says_how_to_go_on(hub):

@@ -48,3 +48,27 @@ def test_what_is_trained_is_held_in_float32_whatever_the_checkpoint(tmp_path):
 
 def test_the_models_limit():
     assert model_limit(tiny_config("llama")) == model_limit(tiny_config("gpt2")) == 256
+
+
+def test_gpt2_as_its_hub_gives_it(tmp_path):
+    """Names without `transformer.`, and a mask a layer that is no weight: everything is found, and the numbers are its own."""
+    import json
+
+    from safetensors.torch import save_file
+
+    config = tiny_config("gpt2")
+    torch.manual_seed(0)
+    own = T.GPT2LMHeadModel(config).eval()
+    state = {name.removeprefix("transformer."): w.contiguous() for name, w in own.state_dict().items() if name != "lm_head.weight"}
+    assert {"wte.weight", "h.0.attn.c_attn.weight", "ln_f.bias"} <= set(state)
+    mask = torch.ones(1, 1, config.n_positions, config.n_positions).tril()
+    save_file(state | {f"h.{i}.attn.bias": mask.clone() for i in range(config.n_layer)}, tmp_path / "model.safetensors", {"format": "pt"})
+    facts = {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    (tmp_path / "config.json").write_text(json.dumps(facts | {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "n_ctx": config.n_positions}))
+    loaded = load_model(tmp_path, ModelSettings(name="x"), torch.float32).eval()
+    assert trie_obstacle(loaded) is None
+    ids = torch.randint(4, 60, (2, 9))
+    with torch.inference_mode():
+        assert float((loaded(ids).logits - own(ids).logits).abs().max()) < 1e-5
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight

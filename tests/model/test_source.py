@@ -162,6 +162,7 @@ def hub(monkeypatch):
 
     def call(repository, **options):
         state.calls.append(options)
+        state.asked.append(repository)
         answer = state.local if options.get("local_files_only") else state.online
         if isinstance(answer, Exception):
             raise answer
@@ -173,7 +174,7 @@ def hub(monkeypatch):
         return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in state.facts])
 
     unreachable = ConnectionError("no route to the hub")
-    state = types.SimpleNamespace(calls=[], local=FileNotFoundError(), online=unreachable, facts=unreachable)
+    state = types.SimpleNamespace(calls=[], asked=[], local=FileNotFoundError(), online=unreachable, facts=unreachable)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", call)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", ask)
     return state
@@ -184,6 +185,20 @@ def test_a_copy_in_the_hubs_cache_is_used_offline(hub, tmp_path):
     assert resolve("owner/name") == resolve("hf:owner/name", revision="v1") == hub.local
     assert [call["revision"] for call in hub.calls] == [None, "v1"]
     assert all(call["local_files_only"] for call in hub.calls)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "hf:gpt2", "hub:gpt2", "hub:openai-community/gpt2"])
+def test_the_hubs_old_bare_names_are_known(hub, tmp_path, name):
+    hub.local = write_model(tmp_path / "copy")
+    assert resolve(name) == hub.local and resolve(name, revision="v1") == hub.local
+    assert set(hub.asked) == {"openai-community/gpt2"}
+
+
+def test_a_folder_goes_before_an_old_bare_name(hub, tmp_path):
+    folder = write_model(tmp_path / "here" / "gpt2")
+    assert resolve("gpt2") == folder and not hub.asked
+    assert "'gpt2-large'" in refused("gpt2-lrge").next_step
+    assert "owner/name" in refused("bert").next_step
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])

@@ -147,7 +147,7 @@ def _unknown(name: str) -> SourceError:
     return SourceError(
         f"The model {name!r} is no folder here and no name that is known.",
         f"Understood: {', '.join(forms)}.",
-        hint or f"{next(iter(EMBEDDED))!r} needs no hub and is a good first model.",
+        hint or f"A model of the hub has an owner: owner/name. {next(iter(EMBEDDED))!r} needs no hub and is a good first model.",
     )
 
 
