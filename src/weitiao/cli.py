@@ -159,6 +159,18 @@ def merge(
 
 
 @app.command()
+def export(
+    run: Run,
+    output: Annotated[str | None, typer.Option(help="The new adapter folder.  [default: RUN/export, where the adapter has to be converted]", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="ChatGLM3: write its plain Glm form here too, once, for the adapter to name as its base.", show_default=False, metavar="DIR")] = None,
+) -> None:
+    """Write the adapter as PEFT and other programs read it, proven before it is kept."""
+    from weitiao.use.export import export as export_run
+
+    export_run(run, output, base)
+
+
+@app.command()
 def prove(
     run: Run,
     batches: Annotated[int, typer.Option(help="Batches of 8 rows to prove the trie on.", min=1)] = 4,

@@ -13,8 +13,8 @@ but for the fused projection:
 
     query_key_value [(heads + 2 groups) d, hidden]  =  q_proj [heads d] over k_proj [groups d] over v_proj [groups d]
 
-What is saved as a model is plain Glm (`to_glm`): transformers and others read it without us. An adapter goes the same way
-with `split_adapter`: A is the same for all three, B is cut into their rows.
+What is saved as a model is plain Glm (`to_glm`): transformers and others read it without us. A checkpoint goes the same way
+with `write_plain`, and an adapter with `split_adapter`: A is the same for all three, B is cut into their rows.
 """
 
 from __future__ import annotations
@@ -266,13 +266,34 @@ def glm_names(name: str, config: GlmConfig) -> Iterator[tuple[str, slice]]:
 
 
 def glm_state(state: dict[str, torch.Tensor], config: GlmConfig) -> dict[str, torch.Tensor]:
-    """Weights or an adapter, by Glm's names. LoRA's A reads what all three read, so each has it whole."""
+    """Weights or an adapter, by Glm's names. LoRA's A reads what all three read, so each has it whole; so with IA3's inputs."""
     made = {}
     for name, tensor in state.items():
         for new, rows in glm_names(name, config):
-            whole = "lora_A" in name or rows == slice(None)
-            made[new] = tensor if rows == slice(None) else (tensor if whole else tensor[rows]).clone()
+            is_input = "lora_A" in name or tensor.shape[0] == 1
+            made[new] = tensor if rows == slice(None) else (tensor if is_input else tensor[rows]).clone()
     return made
+
+
+def write_plain(folder: Path, target: Path) -> None:
+    """The checkpoint in `folder` as plain Glm in `target`, a new folder: file by file, each weight in its own type."""
+    from safetensors.torch import load_file, save_file
+
+    config = ChatGLM3Config.from_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    target.mkdir(parents=True)
+    as_glm(config).save_pretrained(target)
+    where, size = {}, 0
+    for file in files:
+        stored = {name: weight for name, weight in load_file(folder / file).items() if not name.endswith("rotary_pos_emb.inv_freq")}
+        state = glm_state(stored, config)
+        save_file(state, target / file, {"format": "pt"})
+        where |= dict.fromkeys(state, file)
+        size += sum(weight.nbytes for weight in state.values())
+    if index.is_file():
+        new = {"metadata": {"total_size": size}, "weight_map": where}
+        (target / index.name).write_text(json.dumps(new, indent=2) + "\n", "utf-8")
 
 
 def split_adapter(folder: Path, target: Path, config: GlmConfig, base: str) -> None:
