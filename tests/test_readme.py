@@ -32,7 +32,7 @@ def commands(readme: Path) -> list[list[str]]:
 def test_every_command_and_option_exists(readme):
     known = typer.main.get_command(app).commands
     found = commands(readme)
-    assert {words[0] for words in found} >= {"demo", "train", "chat", "generate", "evaluate", "merge", "prove"}
+    assert {words[0] for words in found} >= {"demo", "train", "chat", "generate", "evaluate", "merge", "export", "prove"}
     for words in found:
         options = {o for p in known[words[0]].params for o in p.opts}
         assert {w for w in words if w.startswith("--")} <= options, words
@@ -75,7 +75,7 @@ def test_the_commands_run_as_they_stand(model_folder, rows_file, tmp_path, monke
         except SystemExit as stop:
             assert not stop.code, (words, capsys.readouterr().err)
         done.add(words[0])
-    assert done == {"train", "chat", "generate", "evaluate", "merge", "prove"}
+    assert done == {"train", "chat", "generate", "evaluate", "merge", "export", "prove"}
     loras = [Path(run).name, *(f"{Path(run).name}-{i}" for i in range(2, 6))]
     others = [f"rows-{method}-{model_folder.name}" for method in ("prefix", "prompt")]
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == loras + others

@@ -336,3 +336,33 @@ def test_a_copy_without_its_last_shard_is_completed(hub):
     (hub.cache / "pytorch_model-00002-of-00002.bin").unlink()
     assert_same(resolve(hub.name, convert_pickle=True), bloom())
     assert "pytorch_model-00002-of-00002.bin" in hub.fetched
+
+
+# -- from the command line ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_pickled_model_trains_goes_on_and_answers(model_folder, rows_file, tmp_path, monkeypatch, capsys):
+    from weitiao.cli import main
+
+    def weitiao(*words) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["weitiao", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, "\n".join(capsys.readouterr())
+
+    old, run = tmp_path / "old", tmp_path / "run"
+    old.mkdir()
+    for file in model_folder.iterdir():
+        if file.suffix == ".safetensors":
+            torch.save(load_file(file), old / "pytorch_model.bin")
+        else:
+            (old / file.name).write_bytes(file.read_bytes())
+    words = ["train", "--model", old, "--data", rows_file, "--output", run, "training.steps=2", "method.rank=4"]
+    code, said = weitiao(*words)
+    assert code == 2 and "model.convert_pickle=true" in said and not run.exists()
+    code, said = weitiao(*words, "model.convert_pickle=true")
+    assert code == 0 and "Converting" in said, said
+    code, said = weitiao("generate", run, "--prompt", "What is 3 and 3?", "--max-new-tokens", 4)
+    assert code == 0 and "Converting" not in said, said
+    assert weitiao("train", run, "--resume")[0] == 0
+    assert weitiao("merge", run)[0] == 0
