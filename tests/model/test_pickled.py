@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from weitiao.config import ModelSettings
 from weitiao.errors import SourceError
-from weitiao.model import pickled, source
+from weitiao.model import pickled
 from weitiao.model.load import load_model
 from weitiao.model.source import cache_folder, model_folder, resolve
 
@@ -156,7 +156,7 @@ def test_memory_holds_a_small_part_of_the_file(tmp_path, monkeypatch):
     save_file = safetensors.torch.save_file
     monkeypatch.setattr("safetensors.torch.save_file", lambda *a: (save_file(*a), at_save.append(own_memory())))
     before = own_memory()
-    pickled.convert(folder, tmp_path / "new", ["*.json"])
+    pickled.convert(folder, tmp_path / "new", [])
     assert at_save[0] - before < 16 * 2**20
     assert (tmp_path / "new" / "model.safetensors").stat().st_size > 64 * 2**20
 
@@ -242,9 +242,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     assert "disk is full" in error.found and "WEITIAO_CACHE" in error.next_step and models() == []
 
 
-@pytest.mark.parametrize("limit", [source.WHOLLY_HASHED, 0])
-def test_another_content_is_converted_anew(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(source, "WHOLLY_HASHED", limit)
+def test_another_content_is_converted_anew(tmp_path):
     folder = write(tmp_path / "old", bloom(torch.float32), shards=2)
     first = resolve(str(folder), convert_pickle=True)
     model = bloom(torch.bfloat16)
@@ -252,6 +250,8 @@ def test_another_content_is_converted_anew(tmp_path, monkeypatch, limit):
     second = resolve(str(folder), convert_pickle=True)
     assert second != first
     assert_same(second, model)
+    (folder / "tokenizer.json").write_text('{"mended": true}')
+    assert "mended" in (resolve(str(folder), convert_pickle=True) / "tokenizer.json").read_text()
 
 
 def test_safetensors_go_first(tmp_path):

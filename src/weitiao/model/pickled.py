@@ -73,8 +73,14 @@ def _head(path: Path, size: int) -> bytes:
         return file.read(size)
 
 
-def convert(source: Path, target: Path, carried: Sequence[str]) -> None:
-    """Write the new folder `target`: the weights of `source` as safetensors, and its files that match `carried`.
+def carried(folder: Path, wanted: Sequence[str]) -> list[Path]:
+    """The files that go along with the weights: all that match a pattern of `wanted`."""
+    return [entry for entry in sorted(folder.iterdir())
+            if entry.is_file() and entry.name != INDEX and any(fnmatch(entry.name, pattern) for pattern in wanted)]
+
+
+def convert(source: Path, target: Path, beside: Sequence[Path]) -> None:
+    """Write the new folder `target`: the weights of `source` as safetensors, and copies of the files `beside` them.
 
     Raises:
         SourceError: a file holds more than named tensors, or is broken.
@@ -82,9 +88,8 @@ def convert(source: Path, target: Path, carried: Sequence[str]) -> None:
     from safetensors.torch import save_file
 
     target.mkdir()
-    for entry in sorted(source.iterdir()):
-        if entry.is_file() and entry.name != INDEX and any(fnmatch(entry.name, pattern) for pattern in carried):
-            shutil.copyfile(entry, target / entry.name)
+    for file in beside:
+        shutil.copyfile(file, target / file.name)
     tied = json.loads((source / "config.json").read_text("utf-8")).get("tie_word_embeddings") is not False
     parts, where, size = files(source), {}, 0
     for i, part in enumerate(parts, start=1):
@@ -124,7 +129,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 def _is_plain(value: Any) -> bool:
     import torch
 
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not isinstance(value, torch.Tensor) or value.is_quantized:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _more_than_tensors(path: Path, what: str) -> SourceError:
@@ -157,7 +164,8 @@ def apart(state: Mapping[str, torch.Tensor], tied: bool) -> dict[str, torch.Tens
         if tensor.numel() and tied and view in whole:
             continue
         shares = tensor.numel() and storage in storages
-        made[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if shares else tensor.detach().contiguous()
+        tensor = tensor.detach()
+        made[name] = tensor.clone(memory_format=torch.contiguous_format) if shares else tensor.contiguous()
         whole.add(view)
         storages.add(storage)
     return made

@@ -221,13 +221,14 @@ def _fingerprint(path: Path) -> str:
     if path.stat().st_size <= WHOLLY_HASHED:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    status = path.stat()
-    return hashlib.sha256(f"{path}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()[:16]
+    return _fingerprint_unread([path])
 
 
-def _fingerprint_of(paths: list[Path]) -> str:
-    """Of several files together."""
-    return hashlib.sha256("|".join(_fingerprint(path) for path in paths).encode()).hexdigest()[:16]
+def _fingerprint_unread(paths: list[Path]) -> str:
+    """Of path, size and time of change of each."""
+    facts = ((path, path.stat()) for path in paths)
+    text = "|".join(f"{path}|{status.st_size}|{status.st_mtime_ns}" for path, status in facts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(text: str) -> str:
@@ -246,7 +247,9 @@ MISTAKEN_FOLDERS = {
     "*.gguf": "Did you mean {0}?",
 }
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-CONVERT_ADVICE = "model.convert_pickle=true reads the tensors of pytorch_model*.bin and nothing else, and keeps them as safetensors."
+CONVERT_ADVICE = (
+    "model.convert_pickle=true reads the tensors of pytorch_model*.bin and nothing else, and keeps them as safetensors."
+)
 
 
 def _ready(folder: Path, origin: str, request: Request) -> Path:
@@ -324,7 +327,6 @@ def _no_safetensors(owner: str, names: Iterable[str]) -> SourceError:
 
 def _shards(index: Path | None) -> set[str]:
     return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,17 +661,17 @@ def _from_pickle(folder: Path, origin: str, notify: Notify) -> Path:
     """The folder of the cache that holds the weights of `folder`, which are pickle, as safetensors."""
     if flaw := pickled.flaw(folder):
         raise flaw
-    parts = pickled.files(folder)
-    # A hub's cache names its folders by commit; any other folder is known by what it holds.
+    parts, beside = pickled.files(folder), pickled.carried(folder, WANTED)
+    # The hub's cache names its folders by commit; in any other a file may be changed in place.
     has_commit = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
-    version = folder.name if has_commit else _fingerprint_of([folder / "config.json", *parts])
+    version = folder.name if has_commit else _fingerprint_unread([*beside, *parts])
 
     def make(staging: Path) -> Path:
         size = sum(part.stat().st_size for part in parts)
         notify(f"Converting {size / 1e9:.1f} GB of {origin} to safetensors (about {5 + round(size / 200e6)} s, once)…")
         made = staging / "model"
         try:
-            pickled.convert(folder, made, [pattern for pattern in WANTED if pattern != "*.safetensors"])
+            pickled.convert(folder, made, beside)
         except SourceError:
             raise
         except Exception as error:

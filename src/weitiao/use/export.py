@@ -1,8 +1,8 @@
 """What was learned, in the form that other programs read: a PEFT adapter beside a base that transformers knows.
 
     base          RUN/adapter is for                     exported
-    ChatGLM3      the original's fused query_key_value   split onto q_proj, k_proj, v_proj of transformers' Glm; with --base that Glm
-    any other     the base as it is                      it is PEFT's already; with --output, a copy with the tokenizer and its template
+    ChatGLM3      the original's fused query_key_value   split onto transformers' Glm; with --base that Glm besides
+    any other     the base as it is                      as it is; with --output, a copy with tokenizer and template
 
 What was written is read back by PEFT and held against the model that was trained before it is kept.
 """
@@ -56,8 +56,8 @@ def export(path: str, output: str | None, base: str | None) -> None:
         raise SettingError(f"--base {base}: the base of this run needs no conversion.", "Expected a run on ChatGLM3.",
                            f"Leave it out; the adapter is for {folder} as it is.")
     if not converts and output is None:
-        screen.tell(f"{adapter} is in PEFT's form already: PeftModel.from_pretrained(base, {str(adapter)!r}), base from {named_base(adapter)}.\n"
-                    "For a copy with the tokenizer and the template in force: --output DIR.")
+        screen.tell(f"{adapter} is in PEFT's form already: PeftModel.from_pretrained(base, {str(adapter)!r}), "
+                    f"base from {named_base(adapter)}.\nFor a copy with the tokenizer and the template in force: --output DIR.")
         return
     target, plain = Path(output) if output else run.path / "export", Path(base) if base else None
     refuse_taken(target, plain)
@@ -65,7 +65,8 @@ def export(path: str, output: str | None, base: str | None) -> None:
         trained = open_trained(path, screen, "original")
         if converts:
             screen.tell("Writing what was learned under Glm's names …")
-            family.split_adapter(adapter, new_adapter, trained.model.config, str(plain.absolute()) if plain else named_base(adapter))
+            its_base = str(plain.absolute()) if plain else named_base(adapter)
+            family.split_adapter(adapter, new_adapter, trained.model.config, its_base)
             if new_base:
                 write_base(family, folder, trained, new_base)
         else:
@@ -126,7 +127,7 @@ def named_base(adapter: Path) -> str:
 
 @contextmanager
 def whole_or_none(target: Path, plain: Path | None) -> Iterator[tuple[Path, Path | None]]:
-    """(where to write the adapter, where to write the base or None if it is there): renamed if the block ends well, else removed."""
+    """(where to write the adapter, where to write the base or None if it is there): renamed after the block, or removed."""
     def beside(path: Path) -> Path:
         return path.with_name(f".{path.name}.part-{os.getpid()}")
 
@@ -138,7 +139,8 @@ def whole_or_none(target: Path, plain: Path | None) -> Iterator[tuple[Path, Path
         for staging, path in new.items():
             os.replace(staging, path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{target} cannot be written: {error}.", "Nothing half-written is left.", "Make room, or choose another: --output NAME.") from error
+        raise RunError(f"{target} cannot be written: {error}.", "Nothing half-written is left.",
+                       "Make room, or choose another: --output NAME.") from error
     finally:
         for staging in new:
             shutil.rmtree(staging, ignore_errors=True)
@@ -185,7 +187,8 @@ def prove(trained: Trained, folder: Path, plain: Path | None, adapter: Path) -> 
 
 def closing_lines(settings: Settings, target: Path, plain: Path | None, converts: bool, trained: Trained) -> Iterator[str]:
     if plain:
-        yield f"The base as plain Glm is in {plain}, the adapter in {target}: PeftModel.from_pretrained(GlmForCausalLM.from_pretrained({str(plain)!r}), {str(target)!r})."
+        yield (f"The base as plain Glm is in {plain}, the adapter in {target}: "
+               f"PeftModel.from_pretrained(GlmForCausalLM.from_pretrained({str(plain)!r}), {str(target)!r}).")
     elif converts:
         yield f"The adapter in {target} is for the plain Glm form of {named_base(target)}, which --base DIR writes."
     else:
