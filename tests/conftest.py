@@ -84,7 +84,7 @@ def tiny_config(name: str = "llama", vocabulary: int = VOCABULARY, **more):
                                     pad_token_id=3, tie_word_embeddings=False)),
         "bloom": (T.BloomConfig, dict(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None,
                                       eos_token_id=2, pad_token_id=3)),
-        "yuan": (yuan2.Yuan2Config, {k: v for k, v in llama.items() if k != "num_key_value_heads"} | {"initializer_range": 0.1}),
+        "yuan": (yuan2.YuanConfig, {k: v for k, v in llama.items() if k != "num_key_value_heads"} | {"initializer_range": 0.1}),
     }
     kind, options = kinds[name]
     return kind(**(options | more))

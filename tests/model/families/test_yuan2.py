@@ -19,7 +19,7 @@ from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.errors import SourceError
 from weitiao.model import families
 from weitiao.model.families import yuan2
-from weitiao.model.families.yuan2 import Yuan2Config, Yuan2ForCausalLM
+from weitiao.model.families.yuan2 import YuanConfig, YuanForCausalLM
 from weitiao.model.load import load_config, load_model, model_limit, trie_obstacle
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
 from weitiao.train import proof as proving
@@ -31,7 +31,7 @@ from weitiao.trie import build
 PAD = 3
 
 
-def tiny(dtype=torch.float64, **more) -> Yuan2ForCausalLM:
+def tiny(dtype=torch.float64, **more) -> YuanForCausalLM:
     """Two layers of four heads, with the trie's attention; weights so large that the filter shows, and no end."""
     return tiny_model("yuan", **{"vocabulary": 60, "initializer_range": 0.2, "eos_token_id": None} | more).to(dtype)
 
@@ -40,7 +40,7 @@ def some_ids(*shape, seed=0) -> torch.Tensor:
     return torch.randint(4, 60, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def taught(dtype=torch.float64) -> Yuan2ForCausalLM:
+def taught(dtype=torch.float64) -> YuanForCausalLM:
     model = tiny(dtype)
     learn_on_tries(model)
     return model.train()
@@ -52,7 +52,7 @@ def taught(dtype=torch.float64) -> Yuan2ForCausalLM:
 class Original:
     """Yuan2 of a state dict, straight from its published form: no cache, no mask of padding, one row."""
 
-    def __init__(self, state: dict[str, torch.Tensor], config: Yuan2Config):
+    def __init__(self, state: dict[str, torch.Tensor], config: YuanConfig):
         self.w, self.c = state, config
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_the_first_tokens_filter_reads_nothing_before_it():
 
 def test_counts_of_the_2b():
     with torch.device("meta"):
-        model = Yuan2ForCausalLM(Yuan2Config())
+        model = YuanForCausalLM(YuanConfig())
         assert count_parameters(model) == (2_088_724_480, 2_088_724_480)
         learn_on_tries(model)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -143,7 +143,7 @@ def names_of(layers: int) -> set[str]:
 
 def test_weights_bear_the_names_and_shapes_of_the_original():
     with torch.device("meta"):
-        state = Yuan2ForCausalLM(Yuan2Config()).state_dict()
+        state = YuanForCausalLM(YuanConfig()).state_dict()
     assert set(state) == names_of(24)
     shapes = {name: tuple(state[f"model.layers.0.{name}"].shape) for name in (
         "self_attn.lf_gate.conv1.weight", "self_attn.lf_gate.conv2.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")}
@@ -189,9 +189,9 @@ def test_a_published_folder_loads_without_its_code(head, trust, tmp_path):
     state = publish(tmp_path / "yuan", head)
     asked = ModelSettings(name="x", trust_remote_code=trust)
     config = load_config(tmp_path / "yuan", asked)
-    assert type(config) is Yuan2Config and model_limit(config) == 64 and config.eod_token == 57
+    assert type(config) is YuanConfig and model_limit(config) == 64 and config.eod_token == 57
     model = load_model(tmp_path / "yuan", asked, torch.float32)
-    assert type(model) is Yuan2ForCausalLM and trie_obstacle(model) is None
+    assert type(model) is YuanForCausalLM and trie_obstacle(model) is None
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name != "lm_head.weight")
     expected = Original({n: t.double() for n, t in state.items()}, config)(some_ids(1, 9))
@@ -237,7 +237,7 @@ def test_saved_and_reloaded_it_is_the_same(tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == names_of(2) - {"lm_head.weight"}
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["model_type"] == "yuan"
     again = load_model(tmp_path, ModelSettings(name="x"), torch.float32).eval()
-    plain = Yuan2ForCausalLM.from_pretrained(tmp_path).eval()
+    plain = YuanForCausalLM.from_pretrained(tmp_path).eval()
     assert again.lm_head.weight is again.model.embed_tokens.weight
     with torch.no_grad():
         expected = model(input_ids=ids).logits

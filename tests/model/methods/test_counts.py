@@ -7,7 +7,7 @@ import transformers as T
 
 from weitiao.config import BitfitSettings, FullSettings, LoraSettings, PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.model.families.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
-from weitiao.model.families.yuan2 import Yuan2Config, Yuan2ForCausalLM
+from weitiao.model.families.yuan2 import YuanConfig, YuanForCausalLM
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
 from weitiao.train.loss import learn_on_tries
 
@@ -22,7 +22,7 @@ MODELS = {
     "llama-2-7b": (lambda: T.LlamaForCausalLM(T.LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
                                                             num_hidden_layers=32, num_attention_heads=32)), 6_738_415_616),
     "gpt2": (lambda: T.GPT2LMHeadModel(T.GPT2Config()), 124_439_808),
-    "yuan2-2b": (lambda: Yuan2ForCausalLM(Yuan2Config()), 2_088_724_480),
+    "yuan2-2b": (lambda: YuanForCausalLM(YuanConfig()), 2_088_724_480),
     "glm": (lambda: T.GlmForCausalLM(T.GlmConfig(
         vocab_size=65_024, hidden_size=4096, intermediate_size=13696, num_hidden_layers=28, num_attention_heads=32,
         num_key_value_heads=2, head_dim=128, attention_bias=True, tie_word_embeddings=False, pad_token_id=None)), 6_243_584_000),

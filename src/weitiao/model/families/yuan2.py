@@ -45,7 +45,7 @@ FILTER_EPS = 1e-6  # of the filter's norm, whatever the config says of the other
 EOD = 77_185
 
 
-class Yuan2Config(PreTrainedConfig):
+class YuanConfig(PreTrainedConfig):
     """The fields of the original config.json that the model reads, defaults of Yuan2-2B; others are kept as they are found."""
 
     model_type = "yuan"
@@ -116,7 +116,7 @@ class Before:
         return left.index_copy(1, self.jumps, theirs)
 
 
-class Yuan2CacheLayer(DynamicLayer):
+class YuanCacheLayer(DynamicLayer):
     """Keys and values of a layer, and what its filter reads of the token before the next: u [B, 1, H] and a [B, 1, H / 2].
 
     The original keeps u of the last two tokens and computes a anew: the same numbers.
@@ -129,7 +129,7 @@ class Yuan2CacheLayer(DynamicLayer):
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def in_place_of(cls, plain: DynamicLayer) -> Yuan2CacheLayer:
+    def in_place_of(cls, plain: DynamicLayer) -> YuanCacheLayer:
         layer = cls()
         vars(layer).update(vars(plain))  # a prefix may lie in it already
         return layer
@@ -162,10 +162,10 @@ class Yuan2CacheLayer(DynamicLayer):
 def filter_remembers(cache: Cache, layers: int) -> None:
     """Let every growing layer of `cache` keep what the filter needs; a prefix that is only read needs nothing."""
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers += [Yuan2CacheLayer() for _ in range(layers - len(cache.layers))]
+        cache.layers += [YuanCacheLayer() for _ in range(layers - len(cache.layers))]
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = Yuan2CacheLayer.in_place_of(layer)
+            cache.layers[i] = YuanCacheLayer.in_place_of(layer)
         elif not isinstance(layer, DynamicLayer) or isinstance(layer, QuantizedLayer):
             raise ValueError(f"Yuan2's filter has no place in a {type(layer).__name__}; use the default cache, "
                              "or generate with use_cache=False.")
@@ -174,7 +174,7 @@ def filter_remembers(cache: Cache, layers: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- layers
 
 
-class Yuan2RMSNorm(nn.Module):
+class YuanRMSNorm(nn.Module):
     """In float32 (float64, for an input of that type), times the weight in the weight's own type."""
 
     def __init__(self, width: int, eps: float):
@@ -188,29 +188,30 @@ class Yuan2RMSNorm(nn.Module):
         return self.weight * normed.to(self.weight.dtype)
 
 
-class TwoTaps(nn.Conv2d):
+class Conv2d(nn.Conv2d):
     """W[..., 0] before + W[..., 1] here + bias, [B, T, in] -> [B, T, out]; weight [out, in, 2, 1] as the checkpoint has it.
 
-    One matrix product, the weight as it lies in memory: column 2i + tap belongs to feature i.
+    One matrix product, the weight as it lies in memory: column 2i + tap belongs to feature i. The original slides over the
+    sequence, padded by 1, of which the first T outputs count; what stands before a place is given here.
     """
 
     def __init__(self, width: int, out: int):
-        super().__init__(width, out, kernel_size=(2, 1))
+        super().__init__(width, out, kernel_size=(2, 1), padding=(1, 0))
 
     def forward(self, before: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
         return F.linear(torch.stack([before, here], dim=-1).flatten(-2), self.weight.flatten(1), self.bias)
 
 
-class Yuan2Filter(nn.Module):
+class LocalizedFiltering(nn.Module):
     """u [B, T, H] -> z [B, T, H]; see the head of this file."""
 
-    def __init__(self, config: Yuan2Config):
+    def __init__(self, config: YuanConfig):
         super().__init__()
-        self.conv1 = TwoTaps(config.hidden_size, config.hidden_size // 2)
-        self.conv2 = TwoTaps(config.hidden_size // 2, config.hidden_size)
-        self.output_layernorm = Yuan2RMSNorm(config.hidden_size, FILTER_EPS)
+        self.conv1 = Conv2d(config.hidden_size, config.hidden_size // 2)
+        self.conv2 = Conv2d(config.hidden_size // 2, config.hidden_size)
+        self.output_layernorm = YuanRMSNorm(config.hidden_size, FILTER_EPS)
 
-    def forward(self, u: torch.Tensor, before: Before, cache: Yuan2CacheLayer | None) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, before: Before, cache: YuanCacheLayer | None) -> torch.Tensor:
         u_read = before.tokens_of(u)
         nothing = u.new_zeros(len(u), 1, 1)
         first_u, first_a = cache.last if cache is not None and cache.last is not None else (
@@ -222,8 +223,8 @@ class Yuan2Filter(nn.Module):
         return self.output_layernorm(g + u)
 
 
-class Yuan2Attention(nn.Module):
-    def __init__(self, config: Yuan2Config, layer_idx: int):
+class YuanAttention(nn.Module):
+    def __init__(self, config: YuanConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.heads = config.num_attention_heads
@@ -233,9 +234,9 @@ class Yuan2Attention(nn.Module):
         width = config.hidden_size
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        self.lf_gate = LocalizedFiltering(config)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
-        self.lf_gate = Yuan2Filter(config)
 
     def forward(
         self, u: torch.Tensor, before: Before, position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -243,7 +244,7 @@ class Yuan2Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, places, width = u.shape
         cache = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        z = self.lf_gate(u, before, cache if isinstance(cache, Yuan2CacheLayer) else None)
+        z = self.lf_gate(u, before, cache if isinstance(cache, YuanCacheLayer) else None)
         pairs = torch.cat([self.q_proj(z), self.k_proj(z)], dim=-1).view(rows, places, self.heads, 2, self.head_dim)
         query, key = pairs.permute(3, 0, 2, 1, 4)  # each [B, heads, T, d]
         value = self.v_proj(u).view(rows, places, self.heads, self.head_dim).transpose(1, 2)
@@ -255,26 +256,27 @@ class Yuan2Attention(nn.Module):
         return self.o_proj(out.reshape(rows, places, width)), weights
 
 
-class Yuan2MLP(nn.Module):
+class YuanMLP(nn.Module):
     """The activation is on up_proj, where a Llama has it on gate_proj."""
 
-    def __init__(self, config: Yuan2Config):
+    def __init__(self, config: YuanConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = nn.SiLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_proj(x) * F.silu(self.up_proj(x)))
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
 
 
-class Yuan2DecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: Yuan2Config, layer_idx: int):
+class YuanDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: YuanConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = Yuan2Attention(config, layer_idx)
-        self.mlp = Yuan2MLP(config)
-        self.input_layernorm = Yuan2RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Yuan2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = YuanAttention(config, layer_idx)
+        self.mlp = YuanMLP(config)
+        self.input_layernorm = YuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = YuanRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(x), **kwargs)
@@ -282,7 +284,7 @@ class Yuan2DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def rotation(positions: torch.Tensor, config: Yuan2Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation(positions: torch.Tensor, config: YuanConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [B, T, d] of rotary positions, the halves of d rotated into each other as a Llama's are."""
     wide = torch.promote_types(dtype, torch.float32)
     d = config.hidden_size // config.num_attention_heads
@@ -294,25 +296,25 @@ def rotation(positions: torch.Tensor, config: Yuan2Config, dtype: torch.dtype) -
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-class Yuan2PreTrainedModel(PreTrainedModel):
-    config_class = Yuan2Config
+class YuanPreTrainedModel(PreTrainedModel):
+    config_class = YuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Yuan2DecoderLayer"]
+    _no_split_modules = ["YuanDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Yuan2DecoderLayer, "attentions": Yuan2Attention}
+    _can_record_outputs = {"hidden_states": YuanDecoderLayer, "attentions": YuanAttention}
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # older checkpoints hold it
 
 
-class Yuan2Model(Yuan2PreTrainedModel):
-    def __init__(self, config: Yuan2Config):
+class YuanModel(YuanPreTrainedModel):
+    def __init__(self, config: YuanConfig):
         super().__init__(config)
         # The row of <eod>, the padding of the original, learns nothing where it is read; it does in the head.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(Yuan2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Yuan2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(YuanDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = YuanRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -344,12 +346,12 @@ class Yuan2Model(Yuan2PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
-class Yuan2ForCausalLM(Yuan2PreTrainedModel, GenerationMixin):
+class YuanForCausalLM(YuanPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: Yuan2Config):
+    def __init__(self, config: YuanConfig):
         super().__init__(config)
-        self.model = Yuan2Model(config)
+        self.model = YuanModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -376,6 +378,6 @@ class Yuan2ForCausalLM(Yuan2PreTrainedModel, GenerationMixin):
         )
 
 
-AutoConfig.register(Yuan2Config.model_type, Yuan2Config, exist_ok=True)
-AutoModel.register(Yuan2Config, Yuan2Model, exist_ok=True)
-AutoModelForCausalLM.register(Yuan2Config, Yuan2ForCausalLM, exist_ok=True)
+AutoConfig.register(YuanConfig.model_type, YuanConfig, exist_ok=True)
+AutoModel.register(YuanConfig, YuanModel, exist_ok=True)
+AutoModelForCausalLM.register(YuanConfig, YuanForCausalLM, exist_ok=True)
