@@ -37,6 +37,7 @@ def train(
     data: Annotated[list[str] | None, typer.Option(help="Short for data.train=…: the rows to learn from; may be given several times.")] = None,
     output: Annotated[str | None, typer.Option(help="The new run folder.  [default: runs/<data>-<method>-<model>]", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN from its newest whole checkpoint.")] = False,
+    show_model: Annotated[bool, typer.Option("--show-model", help="Print the model with its method attached, part by part, before the run; without --data that is all, and needs no weights.")] = False,
 ) -> None:
     """Fine-tune a model on rows: --model NAME --data FILE is enough."""
     from weitiao import config
@@ -46,7 +47,7 @@ def train(
     words = join_options(what or [])
     first = words.pop(0) if words and "=" not in words[0] else None
     if resume:
-        if first is None or words or model or data or output:
+        if first is None or words or model or data or output or show_model:
             raise SettingError("--resume takes a run folder and nothing else.", next_step="weitiao train RUN --resume")
         from weitiao.screen import quiet_libraries
 
@@ -58,13 +59,19 @@ def train(
     if first and (Path(first) / "config.yaml").is_file():
         raise SettingError(f"{first} is a run folder.", next_step=f"Go on with it: weitiao train {first} --resume")
     given = {"model.name": model, "data.train": data or None, "output": output}
-    settings = config.read(first, words, **given)
+    values = config.gather(first, words, **given)
+    without_rows = show_model and "data" not in values
+    settings = config.parse(values | {"data": "none"} if without_rows else values)
     from weitiao.screen import quiet_libraries
 
     quiet_libraries()
+    if without_rows:
+        from weitiao.train.tree import show_without_rows
+
+        return show_without_rows(settings)
     from weitiao.train import train as training
 
-    training.train(settings)
+    training.train(settings, show_model=show_model)
     leave()
 
 

@@ -398,6 +398,11 @@ def read(file: str | None = None, overrides: Sequence[str] = (), **given: Any) -
         SourceError: the file is missing.
         SettingError: it is no YAML, or a setting is unknown or out of bounds.
     """
+    return parse(gather(file, overrides, **given))
+
+
+def gather(file: str | None = None, overrides: Sequence[str] = (), **given: Any) -> dict[str, Any]:
+    """What `read` makes settings of, not looked at yet."""
     values = _read_yaml(file) if file else {}
     for name, value in given.items():
         if value is not None:
@@ -414,7 +419,7 @@ def read(file: str | None = None, overrides: Sequence[str] = (), **given: Any) -
         except yaml.YAMLError as error:
             raise SettingError(f"The value of {name} cannot be read: {text!r}.", str(error).splitlines()[0]) from None
         _put(values, name.replace("-", "_"), value)
-    return parse(values)
+    return values
 
 
 def parse(values: Mapping[str, Any]) -> Settings:

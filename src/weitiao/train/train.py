@@ -39,6 +39,7 @@ from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unknown
 from weitiao.train.proof import Proof, prove
+from weitiao.train.tree import show_tree
 
 
 PRECISION_NAMES = {dtype: name for name, dtype in loading.PRECISIONS.items()}
@@ -66,8 +67,8 @@ class Job:
         return name if "/" in name and ":" not in name and not Path(name).exists() else str(self.base)
 
 
-def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
-    """A new run.
+def train(settings: Settings, screen: Screen | None = None, show_model: bool = False) -> RunFolder:
+    """A new run. show_model: print the model with its method attached, as torch prints it.
 
     Raises:
         WeitiaoError: what a user can mend; before the first step, nothing is written.
@@ -78,6 +79,8 @@ def train(settings: Settings, screen: Screen | None = None) -> RunFolder:
     path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
     if job.accelerator.is_main_process:
         RunFolder.refuse_taken(path)
+    if show_model:
+        show_tree(job.model, screen)
     show_job(job, screen)
     settled, proof = settle(job, screen)
     # What depends on this process (the free name, the free memory) is the first one's say for all.
@@ -345,7 +348,7 @@ def show_job(job: Job, screen: Screen) -> None:
         rows.append(("skipped", f"{_count(len(job.data.skipped), 'row')} that cannot teach:\n{skipped_summary(job.data.skipped)}"))
     screen.table("", rows)
     screen.tell(f"\n{trainable_summary(trainable, total)}\n")
-    for note in quantize.dtype_notes(job.model, job.compute):
+    for note in (*quantize.dtype_notes(job.model, job.compute), *([] if screen.quiet else tokenizer_notes(job))):
         screen.tell(note, style="yellow")
 
 
@@ -353,6 +356,16 @@ def class_shares(data: Dataset) -> str:
     """`neg 50.0%, pos 50.0%`"""
     found = Counter(question.reference for question in questions(data.rows))
     return ", ".join(f"{word} {found[word] / len(data):.1%}" for word in data.labels.words)
+
+
+def tokenizer_notes(job: Job) -> list[str]:
+    """Where other programs would read these rows as other tokens; told by tokenizers that know of such."""
+    told = getattr(job.template.tokenizer, "conversion_note", None)
+    if told is None:
+        return []
+    last_turns = ((row.where, list(job.template.turns(row.conversation))[-1]) for row in job.data.rows)
+    note = told((where, turn.prompt, turn.answer) for where, turn in last_turns)
+    return [note] if note else []
 
 
 def _count(number: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 # What config.json calls the model, and tokenizer_config.json the tokenizer -> the module.
 MODELS = {"chatglm": "chatglm3", "yuan": "yuan2"}
-TOKENIZERS = {"ChatGLMTokenizer": "chatglm3", "ChatGLM3Tokenizer": "chatglm3"}
+TOKENIZERS = {"ChatGLMTokenizer": "chatglm3", "ChatGLM3Tokenizer": "chatglm3", "Yuan2Tokenizer": "yuan2"}
 
 
 def of_model(folder: Path) -> ModuleType | None:

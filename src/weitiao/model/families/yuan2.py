@@ -23,6 +23,7 @@ We depart from the original in what stands between rows. It hides, after every <
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -381,3 +382,14 @@ class YuanForCausalLM(YuanPreTrainedModel, GenerationMixin):
 AutoConfig.register(YuanConfig.model_type, YuanConfig, exist_ok=True)
 AutoModel.register(YuanConfig, YuanModel, exist_ok=True)
 AutoModelForCausalLM.register(YuanConfig, YuanForCausalLM, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from weitiao.model.families.yuan2_tokenizer import Yuan2Tokenizer
+
+    if not any((folder / name).is_file() for name in Yuan2Tokenizer.vocab_files_names.values()):
+        raise OSError("tokenizer.model, Yuan2's sentencepiece model, is missing")
+    return Yuan2Tokenizer.from_pretrained(folder)
