@@ -173,6 +173,7 @@ def test_a_tokenizer_without_a_chat_template_gets_human_assistant(bare):
     ("chatglm3_roleplay", "<|system|>Be brief.\n <|user|>\n 1+1?<|assistant|>\n2.<eos><|user|>\n 你好<|assistant|>"),
     ("human_assistant", "Be brief.\n\nHuman: 1+1?\n\nAssistant: 2.<eos>\n\nHuman: 你好\n\nAssistant: "),
     ("plain", "Be brief.1+1?2.<eos>你好"),
+    ("yuan2", "Be brief.\n1+1?<n>2.<n>你好<sep>"),
 ])
 def test_each_named_template_as_it_is_written(name, text):
     made = byte_tokenizer(["<eos>"], eos_token="<eos>")
@@ -316,7 +317,7 @@ def test_an_unknown_template_is_refused_with_the_nearest(tokenizer):
         load_template("chatlm", tokenizer)
     assert str(caught.value) == (
         "There is no template 'chatlm'. Did you mean 'chatml'?\n"
-        "Expected one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain, or a .jinja file."
+        "Expected one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain, yuan2, or a .jinja file."
     )
 
 
@@ -327,7 +328,7 @@ def test_a_missing_jinja_file_is_refused_with_the_nearest(tokenizer, tmp_path, m
         load_template("mime.jinja", tokenizer)
     assert str(caught.value) == (
         "There is no template file mime.jinja.\nDid you mean 'mine.jinja'?\n"
-        "Give the path of a .jinja file, or one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain (data.template)."
+        "Give the path of a .jinja file, or one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain, yuan2 (data.template)."
     )
 
 

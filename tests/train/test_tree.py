@@ -143,3 +143,9 @@ def test_the_run_says_where_others_read_its_rows_otherwise(weitiao, tmp_path):  
     assert out.index("Of 3 rows looked at") < out.index("step 1/2")
     code, out, err = weitiao("generate", "run", "--prompt", ROW["input"], "--max-new-tokens", "4")
     assert code == 0, err
+    code, out, err = weitiao("merge", "run", "--output", "merged")
+    assert code == 0 and "it loads with weitiao. Its weights bear the original's names" in out, err
+    # The merged folder is a base as the first was, its tokenizer under weitiao's name for it.
+    code, out, err = weitiao("train", "--model", "merged", "--data", "rows.jsonl", "--output", "again", "training.steps=1", "data.max_tokens=300")
+    assert code == 0 and (tmp_path / "merged/yuan2.model").is_file(), err
+    assert json.loads((tmp_path / "again/data.json").read_text())["fingerprint"] == json.loads((tmp_path / "run/data.json").read_text())["fingerprint"]

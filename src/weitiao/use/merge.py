@@ -98,10 +98,16 @@ def merge(path: str, output: str | None, dtype: str, base: str | None = None) ->
         raise RunError(f"{target} cannot be written: {error}.", "Nothing half-written is left.", "Make room, or choose another: --output NAME.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    everything = not getattr(trained.template.tokenizer, "needs_weitiao", False)
-    screen.tell(f"The merged model is in {target} ({dtype}); " + (
-        "it loads with transformers, vLLM and others as it stands." if everything else
-        "its weights load with transformers, vLLM and others as they stand, its tokenizer with weitiao alone."))
+    screen.tell(f"The merged model is in {target} ({dtype}); {who_loads(reloaded, trained.template.tokenizer)}")
+
+
+def who_loads(model: torch.nn.Module, tokenizer: Any) -> str:
+    """model: as it was read back from what was written."""
+    if type(model).__module__.startswith("weitiao."):
+        return "it loads with weitiao. Its weights bear the original's names, for programs that run the original's code and tokenizer."
+    if getattr(tokenizer, "needs_weitiao", False):
+        return "its weights load with transformers, vLLM and others as they stand, its tokenizer with weitiao alone."
+    return "it loads with transformers, vLLM and others as it stands."
 
 
 def base_to_merge_into(settings: Settings, asked: str | None) -> str:
