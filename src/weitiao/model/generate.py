@@ -91,12 +91,12 @@ def stream(
     """
     from threading import Event, Thread
 
-    from transformers import StoppingCriteriaList, TextIteratorStreamer
+    from transformers import StoppingCriteriaList
 
     enough = Event()
     stop_when_enough = StoppingCriteriaList(
         [lambda ids, scores, **_: torch.full((len(ids),), enough.is_set(), dtype=torch.bool, device=ids.device)])
-    streamer = TextIteratorStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = streamer_for(template.tokenizer)
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -116,6 +116,22 @@ def stream(
         thread.join()
     if failure:
         raise failure[0]
+
+
+def streamer_for(tokenizer: Any) -> Any:
+    """transformers' streamer of an answer's text, which begins the text anew after a line break; sentencepiece would take
+    the first space of the next line for its own there. So the line break stays before it."""
+    from transformers import TextIteratorStreamer
+
+    class Streamer(TextIteratorStreamer):
+        def put(self, value: Any) -> None:
+            before = self.token_cache
+            super().put(value)
+            if before and not self.token_cache:  # a line is out
+                self.token_cache = before[-1:]
+                self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, **more) -> list[list[int]]:

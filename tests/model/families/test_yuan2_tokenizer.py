@@ -189,15 +189,17 @@ def test_ids_as_text(tokenizer, pieces):
 
 def test_a_streamed_answer_is_the_answer(tokenizer):
     import torch
-    from transformers import TextIteratorStreamer
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    from weitiao.model.generate import streamer_for
+
+    streamer = streamer_for(tokenizer)
     streamer.put(torch.tensor([tokenizer("问<sep>").input_ids]))
-    for token in tokenizer("输出: What is 好\n# 样例 é\U00020000<eod>").input_ids:
+    answer = "输出: What is 好\n\n    # 样例 é\U00020000\n x\n"
+    for token in tokenizer(answer + "<eod>").input_ids:
         streamer.put(torch.tensor([token]))
     streamer.end()
     told = list(streamer)
-    assert "".join(told) == "输出: What is 好\n# 样例 é\U00020000" and len([t for t in told if t]) > 3
+    assert "".join(told) == answer and len([t for t in told if t]) > 5
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Model families that transformers has no class for: one module each, imported only where a folder asks for it.
 
 A module registers its classes with transformers' Auto classes as it is imported, so that they win over Python code in
-the folder, and offers `load_tokenizer(folder)` where transformers cannot read the tokenizer, or reads another. Weights keep the names of the
-original checkpoint.
+the folder, and offers `load_tokenizer(folder)` where transformers cannot read the tokenizer, or reads another. Weights
+keep the names of the original checkpoint.
 """
 
 from __future__ import annotations
