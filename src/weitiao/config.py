@@ -289,6 +289,15 @@ class TokensSettings(Group):
     add: Names = setting([], "new tokens that the tokenizer shall take whole, such as <think>; their rows of the embedding are trained, whatever the method")
 
 
+WITHOUT_DECAY = WITHOUT_WARMUP = ("lbfgs", "rprop")
+
+
+def _optimizer(value: Any) -> Any:
+    """Names as people write them: AdamW, L-BFGS."""
+    name = value.lower().replace("-", "_") if isinstance(value, str) else value
+    return "lbfgs" if name == "l_bfgs" else name
+
+
 class TrainingSettings(Group):
     epochs: float = setting(3.0, "how often each row is learned from", "epochs", gt=0)
     steps: int | None = setting(None, "optimizer steps; given, it overrides epochs", "steps", ge=1)
@@ -298,9 +307,9 @@ class TrainingSettings(Group):
     learning_rate: float | None = setting(None, "peak learning rate; default: the method's own, see benchmarks/methods.md", gt=0)
     scheduler: str = setting("linear", "how the learning rate goes on: any name transformers.get_scheduler takes (linear, cosine, constant_with_warmup, …)")
     scheduler_options: dict[str, Any] = setting({}, "further arguments of the scheduler")
-    warmup: float = setting(0.03, "below 1: share of the steps; from 1 on: number of steps", "steps or share", ge=0)
-    optimizer: str = setting("adamw_torch", "any name transformers.TrainingArguments(optim=…) takes")
-    optimizer_options: str = setting("", "further arguments of the optimizer, as key=value,key=value")
+    warmup: float | None = setting(None, "below 1: share of the steps; from 1 on: number of steps; default: 0.03, but 0 with lbfgs and rprop", "steps or share", ge=0)
+    optimizer: Annotated[str, BeforeValidator(_optimizer)] = setting("adamw_torch", "adamw, adam, sgd, rmsprop, adagrad, adadelta, rprop, lbfgs, or any name transformers.TrainingArguments(optim=…) takes")
+    optimizer_options: str = setting("", "further arguments of the optimizer, as key=value,key=value; lbfgs begins with history_size=10,max_iter=5: it keeps 2 x history_size copies of what is trained, and computes each step up to max_iter times")
     weight_decay: float = setting(0.0, "of matrices; biases and norms are not decayed", ge=0)
     adam_beta1: float = setting(0.9, "how slowly Adam's mean of the gradients forgets", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "how slowly Adam's mean of the squared gradients forgets", ge=0, lt=1)
@@ -309,6 +318,23 @@ class TrainingSettings(Group):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
     checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> TrainingSettings:
+        is_adam = "ademamix" in self.optimizer or ("adam" in self.optimizer and not self.optimizer.startswith(("galore", "grok")))
+        _refuse_idle(self, "an optimizer of Adam's kind", is_adam or "lion" in self.optimizer, "adam_beta1", "adam_beta2")
+        _refuse_idle(self, "an optimizer of Adam's kind", is_adam, "adam_epsilon")
+        _refuse_idle(self, "an optimizer that knows decay, unlike lbfgs and rprop,", self.optimizer not in WITHOUT_DECAY, "weight_decay")
+        _refuse_idle(self, "optimizers other than rprop, which takes the rate for its first step alone,", self.optimizer != "rprop",
+                     "scheduler", "scheduler_options")
+        if self.warmup and self.optimizer in WITHOUT_WARMUP:
+            raise ValueError(f"training.warmup={self.warmup:g} begins with a learning rate of 0, and {self.optimizer} goes on from how long "
+                             "its first step was. Leave training.warmup out")
+        return self
+
+    @property
+    def warmup_in_force(self) -> float:
+        return self.warmup if self.warmup is not None else 0.0 if self.optimizer in WITHOUT_WARMUP else 0.03
 
 
 class EvaluationSettings(Group):
@@ -415,7 +441,7 @@ def gather(file: str | None = None, overrides: Sequence[str] = (), **given: Any)
                 "`weitiao train --help` lists every setting.",
             )
         try:
-            value = _scalar(text)
+            value = read_scalar(text)
         except yaml.YAMLError as error:
             raise SettingError(f"The value of {name} cannot be read: {text!r}.", str(error).splitlines()[0]) from None
         _put(values, name.replace("-", "_"), value)
@@ -434,7 +460,7 @@ def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
 
 
-def _scalar(text: str) -> Any:
+def read_scalar(text: str) -> Any:
     """A value as YAML reads it, but for 1e-4, which YAML 1.1 takes for a text."""
     value = yaml.safe_load(text) if text.strip() else text or None
     if isinstance(value, str) and value == text.strip():  # not in quotes

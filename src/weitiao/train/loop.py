@@ -37,7 +37,7 @@ from weitiao.train.evaluation import (
 )
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
-from weitiao.train.optimizer import make_optimizer, make_scheduler, step_scheduler
+from weitiao.train.optimizer import SEARCHERS, make_optimizer, make_scheduler, step_scheduler
 from weitiao.trie import Example
 
 ENCODER = "encoder.safetensors"  # of a checkpoint: what training needs to go on and use does not
@@ -151,27 +151,13 @@ class Training:
         indices = self.schedule.rows_of(step)
         examples = [e for i in indices for e in self.rows[i].examples]
         weight = float(sum(float(e.weights.sum(dtype=np.float64)) for e in examples))
-        torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
         passes = self._passes(examples)
-        mine, idle = deal(passes, self.rank, self.world)
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for i, batch in enumerate(mine):
-            if self.world == 1 and self.stop_requested():
-                self.optimizer.zero_grad(set_to_none=True)
-                return False
-            last = i == len(mine) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = summed_loss(self.model, batch)
-                if last and idle:  # this process has a pass less than others: it takes part, with weight 0
-                    loss = loss * 0.0
-                # DDP averages over processes; the sum is wanted
-                self.accelerator.backward(loss * (self.world / weight))
-            total += loss.detach().double()
-        loss = float(self.accelerator.reduce(total, reduction="sum")) / weight
+        loss = self._gradients(step, passes, weight, self.stop_requested)
+        if loss is None:
+            return False
         if not math.isfinite(loss):
             self._stop_at_row(step, indices, loss)
-        limit = self.settings.training.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))  # of unscaled gradients
+        norm = self._clip()
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise TrainingStopped(
                 f"Step {step}: the gradient is {norm}, with a loss of {loss:.4g}.",
@@ -179,7 +165,8 @@ class Training:
                 "Lower training.learning_rate, or compute in training.precision=fp32.",
             )
         rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()  # under loss scaling: not taken where the gradient overflowed, and the scale is halved
+        # Under loss scaling: not taken where the gradient overflowed, and the scale is halved.
+        self.optimizer.step(self._again(step, passes, weight, loss) if self.settings.training.optimizer in SEARCHERS else None)
         self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
         if not self.skipped:
             step_scheduler(self.scheduler, loss)
@@ -197,6 +184,57 @@ class Training:
         if self.skipped:
             self.listener.on_message(skip_message(step, self.skipped, self.accelerator.scaler.get_scale()))
         return True
+
+    def _gradients(
+        self, step: int, passes: Sequence[dict[str, Any]], weight: float, stop_requested: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """The loss of a step, over all passes and processes, and its gradients where the weights keep them. The noise is the
+        step's own, so a second time at the same weights gives the same. None, and no gradients, if a stop was asked for."""
+        torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
+        mine, idle = deal(passes, self.rank, self.world)
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for i, batch in enumerate(mine):
+            if self.world == 1 and stop_requested():
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            last = i == len(mine) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = summed_loss(self.model, batch)
+                if last and idle:  # this process has a pass less than others: it takes part, with weight 0
+                    loss = loss * 0.0
+                # DDP averages over processes; the sum is wanted
+                self.accelerator.backward(loss * (self.world / weight))
+            total += loss.detach().double()
+        return float(self.accelerator.reduce(total, reduction="sum")) / weight
+
+    def _clip(self) -> float:
+        """Scale long gradients down; how long they were, loss scaling taken off."""
+        return float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm or math.inf))
+
+    def _again(self, step: int, passes: Sequence[dict[str, Any]], weight: float, loss: float) -> Callable[[], torch.Tensor]:
+        """What an optimizer that searches calls: the loss at the weights it has put in place, their clipped gradients beside it.
+
+        It first calls where the step begins, which is measured already: `loss`. Every process gets the same numbers, so all
+        search alike. A stop that is asked for meanwhile waits for the step's end: the weights are on their way.
+        """
+        at_the_start = [loss]
+
+        def measure() -> torch.Tensor:
+            if at_the_start:
+                return torch.tensor(at_the_start.pop(), dtype=torch.float64)
+            self.optimizer.zero_grad(set_to_none=True)
+            there = self._gradients(step, passes, weight)
+            norm = self._clip()
+            if not (math.isfinite(there) and math.isfinite(norm)):
+                raise TrainingStopped(
+                    f"Step {step}: {self.settings.training.optimizer} went from a loss of {loss:.4g} to weights where the loss is "
+                    f"{there:.4g} and the gradient {norm:.4g}.",
+                    f"Expected finite numbers; the step was broken off, and is not saved. {self._standing()}",
+                    "Lower training.learning_rate, or let it search along its way: training.optimizer_options=line_search_fn=strong_wolfe.",
+                )
+            return torch.tensor(there, dtype=torch.float64)
+
+        return measure
 
     def _passes(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         return make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device, virtual_places(self.plain_model))
@@ -299,7 +337,7 @@ class Training:
         return True
 
     def _standing(self) -> str:
-        saved = self.run.checkpoints()
+        saved = self.run.checkpoints() if self.run else []
         return f"The last good checkpoint stands: {saved[-1].path}." if saved else "No checkpoint could be saved so far."
 
     def _write(self, folder: Path) -> None:

@@ -1,36 +1,65 @@
-"""The optimizers and schedulers that transformers offers, by the names it gives them."""
+"""Optimizers and schedulers by name: torch's own under plain names, and what transformers offers by the names it gives them."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
-from weitiao.config import TrainingSettings
+from weitiao.config import WITHOUT_DECAY, TrainingSettings, read_scalar
 from weitiao.errors import SettingError, nearest
 
+PLAIN: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "adamw_torch": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop, "adagrad": torch.optim.Adagrad, "adadelta": torch.optim.Adadelta,
+    "rprop": torch.optim.Rprop, "lbfgs": torch.optim.LBFGS,
+}
+SEARCHERS = ("lbfgs",)  # those that want the loss and gradient of a step several times, at weights they try
+# torch remembers 100 steps and takes up to 20 a batch; here 2 x 10 copies of what is trained, and 5 evaluations a step
+DEFAULTS: dict[str, dict[str, Any]] = {"lbfgs": {"history_size": 10, "max_iter": 5}}
+
+# Options that are settings of ours, by the setting; and those that have no sense in a fine-tuning.
+OURS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+OURS_OF_ADAM = OURS | {"betas": "adam_beta1 and training.adam_beta2", "eps": "adam_epsilon"}
+SENSELESS = ("params", "maximize", "capturable", "differentiable")
+NARROWER: dict[str, Any] = {  # than torch's annotations say: L-BFGS looks at none of these before its first step
+    "max_iter": PositiveInt, "max_eval": PositiveInt | None, "history_size": PositiveInt,
+    "line_search_fn": Literal["strong_wolfe"] | None,
+}
 
 # Optimizers of transformers that want the backward pass or the evaluation done their way; our loop does neither.
 LOOPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")
 
 
-def refuse_unknown(settings: TrainingSettings) -> None:
-    """Told at once, before anything is read or loaded.
+def refuse_unfit(settings: TrainingSettings, compute: torch.dtype) -> None:
+    """Told at once, before anything is read or loaded. compute: what the run computes in.
 
     Raises:
-        SettingError: transformers knows no optimizer or scheduler of that name.
+        SettingError: there is no optimizer or scheduler of that name, or its options or the precision do not suit it.
     """
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for name, known in (("optimizer", OptimizerNames), ("scheduler", SchedulerType)):
-        names, asked = [kind.value for kind in known if not kind.value.startswith(LOOPS_OF_THEIR_OWN)], getattr(settings, name)
+    for name, ours, theirs in (("optimizer", list(PLAIN), OptimizerNames), ("scheduler", [], SchedulerType)):
+        names = list(dict.fromkeys([*ours, *(kind.value for kind in theirs if not kind.value.startswith(LOOPS_OF_THEIR_OWN))]))
+        asked = getattr(settings, name)
         if asked not in names:
             raise SettingError(f"training.{name} = {asked!r} is unknown. {nearest(asked, names)}".rstrip(),
                                f"Expected one of {', '.join(names)}.")
+    if settings.optimizer in PLAIN:
+        _build(settings, [torch.nn.Parameter(torch.zeros(1))], 1.0)
+    if settings.optimizer in SEARCHERS and compute is torch.float16:
+        raise SettingError(
+            f"training.optimizer={settings.optimizer} measures the loss at several weights within a step, and this run computes in fp16: "
+            "a step whose gradient overflows is to be skipped and the loss scaled anew, which cannot be done in its middle.",
+            "Expected training.precision=fp32, or bf16 where the hardware has it.",
+        )
 
 
 def make_optimizer(
@@ -43,8 +72,80 @@ def make_optimizer(
     rate_factor: how many times as fast as `learning_rate` a weight learns (LoRA+). decays: does weight decay fall on it?
 
     Raises:
-        SettingError: the package that brings it is missing, or it refuses its options.
+        SettingError: the package that brings it is missing, or it refuses its options or this model.
     """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if decays(name, parameter) else 0.0
+            groups.setdefault((decay, rate_factor(name)), []).append(parameter)
+    listed = [
+        {"params": parameters, "lr": learning_rate * factor} | ({} if settings.optimizer in WITHOUT_DECAY else {"weight_decay": decay})
+        for (decay, factor), parameters in groups.items()
+    ]
+    if settings.optimizer in SEARCHERS:
+        _refuse_spread(settings.optimizer, listed)
+    if settings.optimizer in PLAIN:
+        return _build(settings, listed, learning_rate)
+    kind, options = _of_transformers(model, settings, learning_rate)
+    return kind(listed, **options)
+
+
+def _refuse_spread(name: str, groups: list[dict[str, Any]]) -> None:
+    """It joins all gradients to one vector."""
+    devices = {str(p.device) for group in groups for p in group["params"]}
+    if len(devices) > 1:
+        raise SettingError(f"training.optimizer={name} joins all gradients to one vector, and what is trained lies on {', '.join(sorted(devices))}.",
+                           "Expected one device.", "Leave model.device_map out, or choose another optimizer.")
+
+
+def _build(settings: TrainingSettings, parameters: list[Any], learning_rate: float) -> torch.optim.Optimizer:
+    """One of torch's own."""
+    options = _options(settings)
+    try:
+        return PLAIN[settings.optimizer](parameters, lr=learning_rate, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SettingError(f"training.optimizer_options: {settings.optimizer} refuses them: {str(error).splitlines()[0]}",
+                           f"Found {settings.optimizer_options!r}.") from error
+
+
+def _options(settings: TrainingSettings) -> dict[str, Any]:
+    """Arguments for one of torch's own, the learning rate and the decay aside.
+
+    Raises:
+        SettingError: an option that it does not have, or a value of another type.
+    """
+    of_adam = settings.optimizer.startswith("adam")
+    ours = OURS_OF_ADAM if of_adam else OURS
+    signature = inspect.signature(PLAIN[settings.optimizer], eval_str=True).parameters
+    known = [name for name in signature if name not in SENSELESS and name not in ours]
+    options = dict(DEFAULTS.get(settings.optimizer, {}))
+    for name, text in _pairs(settings.optimizer_options):
+        if name not in known:
+            cure = f"It is training.{ours[name]}." if name in ours and name in signature else nearest(name, known)
+            raise SettingError(f"training.optimizer_options: {settings.optimizer} has no option {name!r}. {cure}".rstrip(),
+                               f"Expected some of {', '.join(known)}.")
+        try:
+            wanted = TypeAdapter(NARROWER.get(name, signature[name].annotation))
+            options[name] = wanted.validate_python(read_scalar(text))
+        except ValidationError as error:
+            raise SettingError(f"training.optimizer_options: {name} = {text}: {error.errors()[0]['msg']}.") from None
+    adam = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+    return options | (adam if of_adam else {})
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """`a=1,b=[2, 3]` -> (a, 1), (b, [2, 3])"""
+    pairs = []
+    for pair in re.split(r",(?![^\[]*\])", text) if text.strip() else []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise SettingError(f"training.optimizer_options = {text!r} cannot be read.", "Expected key=value,key=value, such as momentum=0.9,nesterov=true.")
+        pairs.append((name.strip(), value))
+    return pairs
+
+
+def _of_transformers(model: torch.nn.Module, settings: TrainingSettings, learning_rate: float) -> tuple[Any, dict[str, Any]]:
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
@@ -54,18 +155,9 @@ def make_optimizer(
         adam_epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay,
     )
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        return Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except (ImportError, ValueError) as error:
         raise SettingError(f"training.optimizer = {settings.optimizer!r} cannot be used here.", str(error).splitlines()[0]) from error
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = settings.weight_decay if decays(name, parameter) else 0.0
-            groups.setdefault((decay, rate_factor(name)), []).append(parameter)
-    return kind([
-        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor}
-        for (decay, factor), parameters in groups.items()
-    ], **options)
 
 
 def _arguments(**ours: Any) -> SimpleNamespace:
@@ -83,9 +175,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings,
     """The learning rate's way over `steps` optimizer steps, warm-up included."""
     from transformers import get_scheduler
 
+    # rprop takes the rate for its first step alone, so any other way of it would be told and not be true
+    name = "constant" if settings.optimizer == "rprop" else settings.scheduler
     try:
         return get_scheduler(
-            settings.scheduler, optimizer, num_warmup_steps=warmup_steps(settings.warmup, steps), num_training_steps=steps,
+            name, optimizer, num_warmup_steps=warmup_steps(settings.warmup_in_force, steps), num_training_steps=steps,
             scheduler_specific_kwargs=settings.scheduler_options or None,
         )
     except (ValueError, TypeError) as error:

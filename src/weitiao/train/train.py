@@ -37,7 +37,7 @@ from weitiao.train.evaluation import questions
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
-from weitiao.train.optimizer import refuse_unknown
+from weitiao.train.optimizer import refuse_unfit
 from weitiao.train.proof import Proof, prove
 from weitiao.train.tree import show_tree
 
@@ -121,7 +121,7 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
 
 def prepare(settings: Settings, screen: Screen) -> Job:
     """Find the model, read the rows, load the weights, attach the method."""
-    refuse_unknown(settings.training)
+    refuse_unfit(settings.training, loading.run_dtype(settings, METHODS[settings.method.name].TRAINS_ALL))
     method = METHODS[settings.method.name]
     accelerator = make_accelerator(settings)
     base = model_folder(settings.model, notify=screen.tell)
