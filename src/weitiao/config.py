@@ -81,6 +81,7 @@ def _one_name(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_one_name)]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
 Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_one_name)]
 AutoTargets = Annotated[Literal["auto"] | list[str], BeforeValidator(_one_name)]
 
@@ -350,6 +351,21 @@ class SavingSettings(Group):
     keep: int = setting(2, "how many checkpoints to keep; the best one is kept besides", "checkpoints", ge=2)
 
 
+class SamplesSettings(Group):
+    prompts: Texts = setting([], "texts that what was learned answers at the end of the run: on the screen, and in answers.jsonl")
+    temperature: float = setting(0.0, "0: the same answer each time; higher: more varied, drawn by training.seed", ge=0)
+    top_p: float = setting(1.0, "draw from the likeliest tokens that hold this probability", gt=0, le=1)
+    max_new_tokens: int = setting(256, "longest answer; one that is cut there is said to be", "tokens", ge=1)
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> SamplesSettings:
+        _refuse_idle(self, "samples.prompts", bool(self.prompts), "temperature", "top_p", "max_new_tokens")
+        _refuse_idle(self, "a temperature above 0", self.temperature > 0, "top_p")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("samples.prompts holds an empty text")
+        return self
+
+
 LEAST_HALF_EPSILON = 1e-4  # 1e-6 still makes every weight NaN in a step or two; tiny Bloom and Llama, all weights trained
 
 
@@ -364,6 +380,7 @@ class Settings(Group):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     saving: SavingSettings = SavingSettings()
+    samples: SamplesSettings = SamplesSettings()
     output: str | None = setting(None, "the run folder; default: runs/<data>-<method>-<model>, numbered")
 
     @model_validator(mode="before")
@@ -388,9 +405,19 @@ class Settings(Group):
             raise ValueError("data.label_scoring goes with task=classify, and would do nothing here")
         if self.task == "answer" and self.evaluation.metric in ("accuracy", "macro_f1"):
             raise ValueError(f"evaluation.metric={self.evaluation.metric} goes with task=classify")
+        self._one_rate_for_all()
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
             raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
         return self
+
+    def _one_rate_for_all(self) -> None:
+        """L-BFGS takes one step for all weights together."""
+        method = self.method
+        two = ("method.plus_ratio" if isinstance(method, LoraSettings) and method.plus_ratio != 1 else
+               f"tokens.add beside method={method.name}" if self.tokens.add and not isinstance(method, (LoraSettings, FullSettings)) else "")
+        if two and self.training.optimizer == "lbfgs":
+            raise ValueError(f"training.optimizer=lbfgs has one learning rate for all weights, and {two} wants two. "
+                             "Leave that out, or choose another optimizer")
 
     def _weights_can_learn(self) -> None:
         """Full tuning changes the weights themselves, so they must be able to take a small step."""

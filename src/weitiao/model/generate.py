@@ -32,6 +32,20 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. tokens: how many, the stop token left out; cut: did the room end before the answer did?"""
+
+    text: str
+    tokens: int
+    cut: bool
+
+    @property
+    def note(self) -> str:
+        """What a person is told behind it."""
+        return f"… (cut at {self.tokens} tokens)" if self.cut else ""
+
+
 @contextmanager
 def answering(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, for the block, with the mode of every part restored after it."""
@@ -49,16 +63,22 @@ def answer_all(
     model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, batch_size: int = 16,
     progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
 ) -> list[str]:
+    """The texts of `answers_to`."""
+    return [answer.text for answer in answers_to(model, template, prompts, sampling, batch_size, progress)]
+
+
+def answers_to(
+    model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, batch_size: int = 16,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+) -> list[Answer]:
     """Answers to prompts (int32 ids each), in their order; prompts of like length go together."""
     batches = batches_of([len(p) for p in prompts], batch_size, alike=padding_shows(model))
-    answers = [""] * len(prompts)
+    answers: dict[int, Answer] = {}
     with answering(model):
         for batch in progress(batches, "Answering"):
-            ids = _generate(model, template, [prompts[i] for i in batch], sampling)
-            for i, answer in zip(batch, ids, strict=True):
-                # An answer that was cut may end in a part of a character.
-                answers[i] = template.tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
-    return answers
+            made = _generate(model, template, [prompts[i] for i in batch], sampling)
+            answers |= {i: _answer(template, ids) for i, ids in zip(batch, made, strict=True)}
+    return [answers[i] for i in range(len(prompts))]
 
 
 def batches_of(lengths: Sequence[int], batch_size: int, alike: bool) -> list[list[int]]:
@@ -84,10 +104,12 @@ def room(model) -> int:
 
 def stream(
     model, template: Template, prompt: np.ndarray, sampling: Sampling, autocast: Callable[[], Any] = nullcontext,
+    ended: Callable[[Answer], None] = lambda answer: None,
 ) -> Iterator[str]:
     """The answer to one prompt, piece by piece as it is made. Closing the iterator ends the answer.
 
     autocast: entered where the model runs, which is a thread of its own; the caller's would not reach there.
+    ended: is given the whole answer behind its last piece; it is not called for one that was broken off.
     """
     from threading import Event, Thread
 
@@ -98,11 +120,13 @@ def stream(
         [lambda ids, scores, **_: torch.full((len(ids),), enough.is_set(), dtype=torch.bool, device=ids.device)])
     streamer = streamer_for(template.tokenizer)
     failure: list[BaseException] = []
+    whole: list[Answer] = []
 
     def work() -> None:
         try:
             with answering(model), autocast():
-                _generate(model, template, [prompt], sampling, streamer=streamer, stopping_criteria=stop_when_enough)
+                (ids,) = _generate(model, template, [prompt], sampling, streamer=streamer, stopping_criteria=stop_when_enough)
+            whole.append(_answer(template, ids))
         except BaseException as error:  # handed to the thread that reads
             failure.append(error)
             streamer.end()
@@ -116,6 +140,7 @@ def stream(
         thread.join()
     if failure:
         raise failure[0]
+    ended(whole[0])
 
 
 def streamer_for(tokenizer: Any) -> Any:
@@ -135,7 +160,7 @@ def streamer_for(tokenizer: Any) -> Any:
 
 
 def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling: Sampling, **more) -> list[list[int]]:
-    """New ids for each prompt, cut at the stop. Prompts are padded to the left, under a mask."""
+    """New ids for each prompt, up to the stop and with it. Prompts are padded to the left, under a mask."""
     width = max(len(p) for p in prompts)
     left = room(model) - width  # past its last position a model fails, or babbles
     if left < 1:
@@ -150,9 +175,17 @@ def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling
         input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(sampling.max_new_tokens, left),
         use_cache=True, eos_token_id=template.stop_ids, pad_token_id=template.pad_id, **sampling.arguments(), **more,
     )
-    return [_until_stop(row, template.stop_ids) for row in out[:, width:].tolist()]
+    return [_through_stop(row, template.stop_ids) for row in out[:, width:].tolist()]
 
 
-def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+def _through_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     ends = [i for i, token in enumerate(ids) if token in stops]
-    return ids[: ends[0]] if ends else ids
+    return ids[: ends[0] + 1] if ends else ids
+
+
+def _answer(template: Template, ids: list[int]) -> Answer:
+    """ids: as `_generate` gives them."""
+    stopped = bool(ids) and ids[-1] in template.stop_ids
+    said = ids[:-1] if stopped else ids
+    # An answer that was cut may end in a part of a character.
+    return Answer(template.tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd"), len(said), not stopped)

@@ -9,6 +9,7 @@
       proof.json          trie against plain rows, on the first batch
       checkpoints/N/      adapter/ or model/, trainer.pt, progress.json, manifest.json
       adapter/ or model/  what was learned: the best checkpoint's by the metric chosen
+      answers.jsonl       what it says to samples.prompts
       samples.jsonl, scores.json, summary.json, loss.png
 
 A file is written under a temporary name and renamed. A checkpoint is staged in a folder of its own, listed with sizes and

@@ -32,7 +32,7 @@ from weitiao.model.methods import METHODS, count_parameters, method_of, trainabl
 from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, model_folder
 from weitiao.screen import Screen, StepLine, duration
-from weitiao.train import memory
+from weitiao.train import memory, samples
 from weitiao.train.evaluation import questions
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
@@ -181,6 +181,7 @@ def read_rows(
     vocabulary = model_config.get_text_config().vocab_size
     if settings.tokens.add:
         vocabulary = max(vocabulary, len(template.tokenizer))
+    samples.refuse_too_long(settings, template, room)
     facts = (settings.data, template, room, vocabulary, settings.training.seed)
     data = load(settings.data.train, *facts, progress=screen.progress, task=settings.task)
     refuse_metric(settings.evaluation.metric, data.labels is not None)
@@ -474,6 +475,8 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     if job.accelerator.is_main_process:
         show_end(run, job, training, line, screen)
     job.accelerator.wait_for_everyone()
+    if settings.samples.prompts and job.accelerator.is_main_process:  # last: whatever happens to it, the run is finished
+        samples.answer_prompts(job.model, job.method, settings, job.template, run, job.accelerator.autocast, screen)
     return run
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.formats import CannotTeach, convert, detect, rename, with_answer
 from weitiao.errors import RowError, SettingError, SourceError
-from weitiao.model.generate import Sampling, answer_all, room, stream
+from weitiao.model.generate import Answer, Sampling, answers_to, room, stream
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train.evaluation import classify
 from weitiao.train.folder import write_text
@@ -60,15 +63,18 @@ def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Scr
     if len(prompt) + 1 > limit:
         screen.tell(f"The conversation has {len(prompt)} tokens; the model takes {limit}. /reset begins anew.", style="yellow")
         return messages[:-1]
-    pieces = []
+    pieces: list[str] = []
+    whole: list[Answer] = []
     try:
-        for piece in stream(trained.model, trained.template, prompt, sampling, trained.autocast):
+        for piece in stream(trained.model, trained.template, prompt, sampling, trained.autocast, whole.append):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print("\n(broken off)")
         return messages[:-1]
     print(flush=True)
+    if whole[0].cut:
+        screen.tell(whole[0].note, style="yellow")
     return [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
 
@@ -94,15 +100,7 @@ def generate(
     for number, prompt in enumerate(ids, 1):
         if len(prompt) >= limit:
             raise RowError(f"Prompt {number} has {len(prompt)} tokens.", f"The model takes {limit}, the answer counted.", "Shorten it.")
-    if trained.labels:
-        found = zip(*classify(trained.label_nll(ids, screen.progress), trained.labels), strict=True)
-        answers = [{"answer": label, "probability": round(float(share), 6)} for label, share in found]
-    else:
-        with trained.autocast():
-            texts = answer_all(
-                trained.model, trained.template, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen.progress,
-            )
-        answers = [{"answer": text} for text in texts]
+    answers = replies(trained, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen)
     lines = [{"prompt": c.messages[-1].content, **answer} for c, answer in zip(asked, answers, strict=True)]
     if output:
         write_text(Path(output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -112,6 +110,22 @@ def generate(
     else:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))
+
+
+def replies(
+    trained: Trained, prompts: Sequence[np.ndarray], sampling: Sampling, batch_size: int, screen: Screen,
+) -> list[dict[str, object]]:
+    """{answer} a prompt, or {answer, probability} where the run classifies."""
+    if trained.labels:
+        found = zip(*classify(trained.label_nll(prompts, screen.progress), trained.labels), strict=True)
+        return [{"answer": label, "probability": round(float(share), 6)} for label, share in found]
+    with trained.autocast():
+        answers = answers_to(trained.model, trained.template, prompts, sampling, batch_size, screen.progress)
+    for number, answer in enumerate(answers, 1):
+        if answer.cut:
+            more = "; --max-new-tokens allows more" if answer.tokens == sampling.max_new_tokens else ""
+            print(f"Answer {number} was cut at {answer.tokens} tokens{more}.", file=sys.stderr)
+    return [{"answer": answer.text} for answer in answers]
 
 
 def refuse_target(path: Path) -> None:
