@@ -292,6 +292,23 @@ class TokensSettings(Group):
 
 WITHOUT_DECAY = WITHOUT_WARMUP = ("lbfgs", "rprop")
 
+# The methods' rates were found for Adam, which makes every step about as long as the rate. What another optimizer's rate means.
+OTHER_RATES = {
+    "sgd": "sgd's is a factor of the gradient, which is clipped to a length of training.max_grad_norm",
+    "adagrad": "adagrad's is the length of the first step alone: it divides by all gradients so far",
+    "adadelta": "adadelta's is a factor of steps that it measures by itself",
+    "rprop": "rprop's is the length of each weight's first step, from which it goes on by itself",
+    "lbfgs": "lbfgs's is a factor of the step that it takes to be the whole way down",
+}
+# A rate that was seen to learn.
+FIRST_RATES: dict[str, dict[str, float]] = {
+    "sgd": {"lora": 1, "full": 0.1, "bitfit": 1, "prompt": 1, "ptuning": 1, "prefix": 1, "ia3": 1, "adapter": 1},
+    "adagrad": {"lora": 5e-4, "full": 1e-4, "bitfit": 3e-3, "prompt": 0.05, "ptuning": 1e-3, "prefix": 0.02, "ia3": 1e-2, "adapter": 1e-3},
+    "adadelta": {"lora": 1, "full": 1, "bitfit": 1, "prompt": 1, "ptuning": 1, "prefix": 1, "ia3": 1, "adapter": 1},
+    "rprop": {"lora": 5e-4, "full": 2e-6, "bitfit": 3e-3, "prompt": 0.05, "ptuning": 1e-3, "prefix": 0.02, "ia3": 1e-2, "adapter": 1e-3},
+    "lbfgs": {"lora": 1, "full": 1, "bitfit": 1, "prompt": 1, "ptuning": 1, "prefix": 1, "ia3": 1, "adapter": 1},
+}
+
 
 def _optimizer(value: Any) -> Any:
     """Names as people write them: AdamW, L-BFGS."""
@@ -310,7 +327,7 @@ class TrainingSettings(Group):
     scheduler_options: dict[str, Any] = setting({}, "further arguments of the scheduler")
     warmup: float | None = setting(None, "below 1: share of the steps; from 1 on: number of steps; default: 0.03, but 0 with lbfgs and rprop", "steps or share", ge=0)
     optimizer: Annotated[str, BeforeValidator(_optimizer)] = setting("adamw_torch", "adamw, adam, sgd, rmsprop, adagrad, adadelta, rprop, lbfgs, or any name transformers.TrainingArguments(optim=…) takes")
-    optimizer_options: str = setting("", "further arguments of the optimizer, as key=value,key=value; lbfgs begins with history_size=10,max_iter=5: it keeps 2 x history_size copies of what is trained, and computes each step up to max_iter times")
+    optimizer_options: str = setting("", "further arguments of the optimizer, as key=value,key=value; lbfgs begins with history_size=10,max_iter=5,line_search_fn=strong_wolfe: it keeps 2 x history_size copies of what is trained, and computes each step some max_iter times")
     weight_decay: float = setting(0.0, "of matrices; biases and norms are not decayed", ge=0)
     adam_beta1: float = setting(0.9, "how slowly Adam's mean of the gradients forgets", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "how slowly Adam's mean of the squared gradients forgets", ge=0, lt=1)
@@ -325,8 +342,8 @@ class TrainingSettings(Group):
         is_adam = "ademamix" in self.optimizer or ("adam" in self.optimizer and not self.optimizer.startswith(("galore", "grok")))
         _refuse_idle(self, "an optimizer of Adam's kind", is_adam or "lion" in self.optimizer, "adam_beta1", "adam_beta2")
         _refuse_idle(self, "an optimizer of Adam's kind", is_adam, "adam_epsilon")
-        _refuse_idle(self, "an optimizer that knows decay, unlike lbfgs and rprop,", self.optimizer not in WITHOUT_DECAY, "weight_decay")
-        _refuse_idle(self, "optimizers other than rprop, which takes the rate for its first step alone,", self.optimizer != "rprop",
+        _refuse_idle(self, "an optimizer that knows decay, unlike lbfgs and rprop", self.optimizer not in WITHOUT_DECAY, "weight_decay")
+        _refuse_idle(self, "an optimizer other than rprop, which takes the rate for its first step alone", self.optimizer != "rprop",
                      "scheduler", "scheduler_options")
         if self.warmup and self.optimizer in WITHOUT_WARMUP:
             raise ValueError(f"training.warmup={self.warmup:g} begins with a learning rate of 0, and {self.optimizer} goes on from how long "
@@ -406,6 +423,7 @@ class Settings(Group):
         if self.task == "answer" and self.evaluation.metric in ("accuracy", "macro_f1"):
             raise ValueError(f"evaluation.metric={self.evaluation.metric} goes with task=classify")
         self._one_rate_for_all()
+        self._rate_is_known()
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
             raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
         return self
@@ -418,6 +436,14 @@ class Settings(Group):
         if two and self.training.optimizer == "lbfgs":
             raise ValueError(f"training.optimizer=lbfgs has one learning rate for all weights, and {two} wants two. "
                              "Leave that out, or choose another optimizer")
+
+    def _rate_is_known(self) -> None:
+        optimizer, method = self.training.optimizer, self.method.name
+        if optimizer in OTHER_RATES and self.training.learning_rate is None:
+            raise ValueError(
+                f"training.optimizer={optimizer} needs training.learning_rate: the default of method={method} was found for Adam, and "
+                f"{OTHER_RATES[optimizer]}. A first value that learned: training.learning_rate={FIRST_RATES[optimizer][method]:g}"
+            )
 
     def _weights_can_learn(self) -> None:
         """Full tuning changes the weights themselves, so they must be able to take a small step."""

@@ -144,7 +144,7 @@ def test_float16_weights_train_only_with_an_epsilon_that_float16_knows(tokenizer
             settings(epsilon)
     settings(1e-4)
     settings(1e-8, "lora")  # adapters are float32
-    settings(1e-8, optimizer="sgd")
+    settings(1e-8, optimizer="sgd", learning_rate=0.1)
     with pytest.raises(SettingError, match="computes in another type"):
         settings(1e-4, precision="bf16")
     made = training(tokenizer, folder, {"dtype": "float16"}, "full", "auto", adam_epsilon=1e-4, learning_rate=1e-3, epochs=6)

@@ -230,7 +230,7 @@ class Training:
                     f"Step {step}: {self.settings.training.optimizer} went from a loss of {loss:.4g} to weights where the loss is "
                     f"{there:.4g} and the gradient {norm:.4g}.",
                     f"Expected finite numbers; the step was broken off, and is not saved. {self._standing()}",
-                    "Lower training.learning_rate, or let it search along its way: training.optimizer_options=line_search_fn=strong_wolfe.",
+                    "Lower training.learning_rate, or choose another optimizer.",
                 )
             return torch.tensor(there, dtype=torch.float64)
 
