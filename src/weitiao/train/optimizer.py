@@ -22,7 +22,7 @@ PLAIN: dict[str, type[torch.optim.Optimizer]] = {
 }
 SEARCHERS = ("lbfgs",)  # those that want the loss and gradient of a step several times, at weights they try
 # torch remembers 100 steps and takes up to 20 a batch: here it is 2 x 10 copies of what is trained, and 5 steps a batch. Without
-# a line search, LoRA on SmolLM2-135M went from a loss of 2.0 to 45 in 12 batches (rate 1; to 5.6 at 0.1); with it, to 0.04.
+# a line search, LoRA on SmolLM2-135M (bf16) went from a loss of 2.0 to 45 in 12 batches (rate 1; to 5.6 at 0.1); with it, to 0.04.
 DEFAULTS: dict[str, dict[str, Any]] = {"lbfgs": {"history_size": 10, "max_iter": 5, "line_search_fn": "strong_wolfe"}}
 
 # Options that are settings of ours, by the setting; and those that have no sense in a fine-tuning.
