@@ -546,15 +546,23 @@ def test_the_best_checkpoint_by_a_metric_is_the_one_published(weitiao, model_fol
     assert code == 2 and "data.eval" in err
 
 
-def test_labels_are_answered_without_a_stop_token(weitiao, model_folder, tmp_path):
+def test_labels_are_compared_alone_in_every_command(weitiao, model_folder, tmp_path):
     rows = [{"text": "good" if a % 2 else "bad", "label": a % 2} for a in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = weitiao("train", "--model", model_folder, "--data", "rows.jsonl", "--output", "r", *FAST, "training.epochs=30",
-                           "data.labels={'0': neg, '1': pos}", "data.eval=rows.jsonl", "evaluation.every=end", "saving.every=end")
+                           "data.labels={'0': neg, '1': pos}", "data.label_scoring=sequence", "data.eval=rows.jsonl", "evaluation.every=end", "saving.every=end")
     assert code == 0, err
     code, out, err = weitiao("evaluate", "r")
     assert code == 0, err
-    assert json.loads((tmp_path / "r" / "scores.json").read_text())["tuned"]["exact_match"] == 1.0
+    scores = json.loads((tmp_path / "r" / "scores.json").read_text())["tuned"]
+    assert scores["accuracy"] == scores["macro_f1"] == 1.0 and scores["confusion"] == [[6, 0], [0, 6]]
+    assert "label ↓, answer →" in out and "accuracy" in out
+    code, out, err = weitiao("generate", "r", "--prompt", "good", "--prompt", "bad")
+    assert code == 0, err
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [a["answer"] for a in answers] == ["pos", "neg"] and all(0.5 < a["probability"] <= 1 for a in answers)
+    code, out, err = weitiao("chat", "r", stdin="good\nbad\n")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["pos", "neg"], err
 
 
 def test_a_prompt_longer_than_the_model_is_refused(weitiao, finished):

@@ -43,11 +43,11 @@ def pair(prompt, answer, **more):
 
 @pytest.fixture
 def load_rows(plain):
-    def load_rows(rows=None, template=plain, model_limit=MIB, vocabulary=300, seed=0, as_trained=None, **settings):
+    def load_rows(rows=None, template=plain, model_limit=MIB, vocabulary=300, seed=0, as_trained=None, task="auto", **settings):
         if rows is not None:
             settings["train"] = write("rows.jsonl", rows)
         settings = DataSettings(**settings)
-        return load(settings.train, settings, template, model_limit, vocabulary, seed, as_trained)
+        return load(settings.train, settings, template, model_limit, vocabulary, seed, as_trained, task=task)
 
     return load_rows
 
@@ -91,17 +91,23 @@ def test_each_assistant_turn_is_a_path_of_its_row(load_rows, tokenizer):
     assert data.rows[0].conversation.turns() == [1, 3]
 
 
-def test_a_bare_label_is_learned_alone(load_rows, tokenizer):
-    data = load_rows([{"text": "111", "label": 0}, {"text": "11", "label": 1}], labels={0: "7", 1: "8"})
+def test_a_label_is_learned_alone_and_as_text_when_asked_for(load_rows, tokenizer):
+    rows = [{"text": "111", "label": 0}, {"text": "11", "label": 1}]
+    data = load_rows(rows, labels={0: "7", 1: "8"})
     assert [text(tokenizer, row.examples[0]) for row in data.rows] == [("111", "7"), ("11", "8")]
-    assert data.learned_tokens == 2
+    assert data.learned_tokens == 2 and data.labels.words == ("7", "8")
+    data = load_rows(rows, task="answer", labels={0: "7", 1: "8"})
+    assert [text(tokenizer, row.examples[0])[1] for row in data.rows] == ["7<|im_end|>", "8<|im_end|>"]
+    assert data.labels is None
 
 
 def test_labels_take_the_names_that_a_saved_data_set_gives_them(load_rows, tokenizer):
     datasets = pytest.importorskip("datasets")
     names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     datasets.Dataset.from_dict({"text": ["11", "1"], "label": [1, 0]}, features=names).save_to_disk("saved")
-    assert [text(tokenizer, row.examples[0])[1] for row in load_rows(train="saved").rows] == ["pos", "neg"]
+    named = load_rows(train="saved", label_scoring="sequence")
+    assert [text(tokenizer, row.examples[0])[1] for row in named.rows] == ["pos<|im_end|>", "neg<|im_end|>"]
+    assert named.labels.words == ("neg", "pos")
     own = load_rows(train="saved", labels={0: "7", 1: "8"})
     assert [text(tokenizer, row.examples[0])[1] for row in own.rows] == ["8", "7"]
 
@@ -134,10 +140,11 @@ def test_few_rows_are_not_cut_for_being_the_longest(load_rows):
 
 
 def test_rows_of_labels_are_not_cut_by_default_since_the_label_stands_at_the_end(load_rows):
-    rows = [{"text": "1" * 50, "label": "3"}] * 2 + [{"text": "1" * 5, "label": "3"}] * 199
+    rows = [{"text": "1" * 50, "label": "3"}] * 2 + [{"text": "1" * 5, "label": "4"}] * 199
     data = load_rows(rows)
     assert (data.max_tokens, data.cut, len(data), data.skipped) == (51, 0, 201, [])
-    assert load_rows(rows, model_limit=40, bad_share=0.1).max_tokens == 40
+    within = load_rows(rows, model_limit=40)
+    assert (within.max_tokens, within.cut, len(within), within.skipped) == (40, 2, 201, [])
 
 
 @pytest.mark.parametrize("setting, model_limit, argument, expected", [
@@ -199,10 +206,11 @@ def test_a_prompt_that_leaves_no_room_is_skipped_with_its_length(load_rows):
 
 
 def test_a_label_that_does_not_fit_is_skipped_and_not_halved(load_rows):
-    rows = [{"text": "1", "label": "33"}] * 38 + [{"text": "1" * 7, "label": "33"}, {"text": "1" * 6, "label": "33"}]
-    data = load_rows(rows, max_tokens=8)
+    some = [{"text": "1", "label": "33"}, {"text": "1", "label": "4"}] * 19
+    rows = [*some, {"text": "1" * 6, "label": "33"}, {"text": "1" * 5, "label": "33"}]
+    data = load_rows(rows, max_tokens=8, label_scoring="sequence", cut="end")  # 33 and its stop: 3 tokens
     assert [s.where for s in data.skipped] == ["rows.jsonl:39"] and data.cut == 0
-    assert {int((row.examples[0].weights > 0).sum()) for row in data.rows} == {2}
+    assert {int((row.examples[0].weights > 0).sum()) for row in data.rows} == {2, 3}
 
 
 def test_all_rows_cut_before_their_answer_are_refused(refusal):
@@ -308,14 +316,14 @@ def test_a_weight_that_is_no_number_stops_at_its_row(refusal, weight):
 
 def test_files_are_mixed_by_their_shares_and_each_has_its_own_format(load_rows, tokenizer):
     write("pairs.jsonl", [pair(i, 1) for i in range(1, 7)])
-    write("labels.jsonl", [{"text": "9", "label": 3}] * 6)
+    write("labels.jsonl", [{"text": "9", "label": 3}] * 5 + [{"text": "9", "label": 4}])
     sources = [{"path": "pairs.jsonl", "share": 3}, {"path": "labels.jsonl", "share": 1}]
     data = load_rows(train=sources)
     places = [row.where for row in data.rows]
     assert len(places) == 12  # as many as the files hold together, 9 : 3
     pairs = [place for place in places if place.startswith("pairs.jsonl")]
     assert len(pairs) == 9 and len(set(pairs)) == 6  # each came once before any came again
-    assert {text(tokenizer, row.examples[0])[1] for row in data.rows} == {"2<|im_end|>", "3"}
+    assert {text(tokenizer, row.examples[0])[1] for row in data.rows} == {"2<|im_end|>", "3<|im_end|>", "4<|im_end|>"}
     assert [row.where for row in load_rows(train=sources).rows] == places
     assert [row.where for row in load_rows(train=sources, seed=1).rows] != places
 
@@ -415,7 +423,7 @@ def test_function_calls_are_learned_as_answers(shared, load_rows, chatml):
 
 def test_rotten_tomatoes_is_one_label_a_row(shared, load_rows, plain):
     data = load_rows(
-        train=str(shared / "data/rotten_tomatoes/train.jsonl"), labels={0: "neg", 1: "pos"}, template=plain,
+        train=str(shared / "data/rotten_tomatoes/train.jsonl"), labels={0: "neg", 1: "pos"}, template=plain, task="answer",
     )
     assert (len(data), data.cut, data.skipped) == (8530, 0, [])
     answers = [row.examples[0].ids[row.examples[0].weights > 0] for row in data.rows]

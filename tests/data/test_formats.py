@@ -150,10 +150,10 @@ def test_a_chat_may_be_written_as_json_text_as_csv_does():
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_label_is_answered_with_its_word_and_without_a_stop():
+def test_a_label_is_answered_with_its_word():
     words = {"labels": {0: "neg", 1: "pos"}}
     answered = (Message("user", "dull"), Message("assistant", "neg", 1.0))
-    assert read({"text": "dull", "label": 0}, **words) == Conversation(answered, bare_label=True)
+    assert read({"text": "dull", "label": 0}, **words) == Conversation(answered, is_label=True)
     assert said(read({"text": "dull", "label": "1"}, **words)) == [("user", "dull"), ("assistant*", "pos")]
     assert said(read({"text": "dull", "label": 1})) == [("user", "dull"), ("assistant*", "1")]
 
@@ -216,8 +216,8 @@ def test_a_system_column_opens_the_conversation():
 def test_data_system_is_for_rows_that_have_none():
     assert said(read({"prompt": "q", "completion": "a"}, system="ours")) == [("system", "ours"), QUESTION, ANSWER]
     assert said(read({"prompt": "q", "completion": "a", "system": "s"}, system="ours"))[0] == ("system", "s")
-    bare = read({"text": "q", "label": "a"}, system="ours")
-    assert bare.bare_label and said(bare)[0] == ("system", "ours")
+    labelled = read({"text": "q", "label": "a"}, system="ours")
+    assert labelled.is_label and said(labelled)[0] == ("system", "ours")
 
 
 # -- rows that cannot teach --------------------------------------------------------------------------------------------

@@ -253,12 +253,6 @@ def test_a_template_that_cannot_be_asked_still_ends_its_answers_once():
     assert turn.answer == "</s> ends it"
 
 
-def test_a_bare_label_has_no_stop(tokenizer):
-    template = load_template("plain", tokenizer)
-    ((prompt, learned),) = encoded(template, conversation(("user", "dull film "), ("assistant", "neg"), bare_label=True))
-    assert tokenizer.decode(prompt) == "dull film " and tokenizer.decode(learned) == "neg"
-
-
 def test_a_tokenizer_that_never_stops_is_refused():
     with pytest.raises(TemplateError) as caught:
         load_template("human_assistant", byte_tokenizer(["<s>"], bos_token="<s>"))
@@ -317,7 +311,7 @@ def test_an_unknown_template_is_refused_with_the_nearest(tokenizer):
         load_template("chatlm", tokenizer)
     assert str(caught.value) == (
         "There is no template 'chatlm'. Did you mean 'chatml'?\n"
-        "Expected one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain, yuan2, or a .jinja file."
+        "Expected one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, label, plain, yuan2, or a .jinja file."
     )
 
 
@@ -328,7 +322,7 @@ def test_a_missing_jinja_file_is_refused_with_the_nearest(tokenizer, tmp_path, m
         load_template("mime.jinja", tokenizer)
     assert str(caught.value) == (
         "There is no template file mime.jinja.\nDid you mean 'mine.jinja'?\n"
-        "Give the path of a .jinja file, or one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, plain, yuan2 (data.template)."
+        "Give the path of a .jinja file, or one of auto, alpaca, chatglm3_roleplay, chatml, human_assistant, label, plain, yuan2 (data.template)."
     )
 
 

@@ -35,7 +35,7 @@ def seam():
 
 
 def test_an_answer_goes_on_where_the_prompt_ends(seam):
-    encoded = encode_turn(Turn("Human: q\n\nAssistant: ", "b a", 0.5, stops=True), seam)
+    encoded = encode_turn(Turn("Human: q\n\nAssistant: ", "b a", 0.5), seam)
     assert seam.tokenizer.convert_ids_to_tokens(encoded.answer) == ["b", "Ġa"]
     assert encoded.stop.tolist() == [seam.stop_id] == [0]
     assert encoded.weight == 0.5 and len(encoded) == len(encoded.prompt) + 3
@@ -44,7 +44,7 @@ def test_an_answer_goes_on_where_the_prompt_ends(seam):
 
 def test_a_merge_across_the_seam_does_not_change_the_prompt(seam):
     text = "Human: q\n\nAssistant: "
-    encoded = encode_turn(Turn(text, "a a", 1.0, stops=True), seam)
+    encoded = encode_turn(Turn(text, "a a", 1.0), seam)
     assert encoded.prompt.tolist() == seam.encode_prompts([text])[0].tolist()
     assert seam.tokenizer.convert_ids_to_tokens(encoded.prompt)[-1] == "Ġ"
     assert seam.tokenizer.convert_ids_to_tokens(encoded.answer) == ["a", "Ġa"]

@@ -22,6 +22,8 @@ from weitiao.data.tokens import encode_turn
 from weitiao.errors import RowError
 from weitiao.trie import Example
 
+MOST_NAMED = 4  # labels that cannot be told apart
+
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -96,16 +98,17 @@ def _refuse_unlike_one_token(labels: Labels, tokenizer: Any) -> None:
     def piece(token: int) -> str:
         return f"{tokenizer.decode([token])!r} ({token})"
 
+    found = []
     firsts: dict[int, str] = {}
     for word, ids in zip(labels.words, labels.ids, strict=True):
         first = int(ids[0])
-        found = None
         if first in firsts:
-            found = f"The labels {firsts[first]!r} and {word!r} both begin with the token {piece(first)}: told by one token, they are one label."
-        elif len(ids) > 1:
-            found = f"The label {word!r} has {len(ids)} tokens: {', '.join(piece(int(i)) for i in ids[:6])}{', …' if len(ids) > 6 else ''}."
-        if found:
-            raise RowError(found, "Expected labels that are one token each, no two the same.",
-                           "Choose other words, such as data.labels='{0: neg, 1: pos}', score whole words (data.label_scoring=sequence), "
-                           "or let them be answered as text (task=answer).")
-        firsts[first] = word
+            found.append(f"The labels {firsts[first]!r} and {word!r} both begin with the token {piece(first)}: told by one token, they are one label.")
+        firsts.setdefault(first, word)
+    for word, ids in zip(labels.words, labels.ids, strict=True):
+        if len(ids) > 1:
+            found.append(f"The label {word!r} has {len(ids)} tokens: {', '.join(piece(int(i)) for i in ids[:6])}{', …' if len(ids) > 6 else ''}.")
+    if found:
+        raise RowError("\n".join(found[:MOST_NAMED]), "Expected labels that are one token each, no two the same.",
+                       "Choose other words, such as data.labels='{0: neg, 1: pos}', score whole words (data.label_scoring=sequence), "
+                       "or let them be answered as text (task=answer).")
