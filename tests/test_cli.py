@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -546,7 +547,7 @@ def test_the_best_checkpoint_by_a_metric_is_the_one_published(weitiao, model_fol
     assert code == 2 and "data.eval" in err
 
 
-def test_labels_are_compared_alone_in_every_command(weitiao, model_folder, tmp_path):
+def test_labels_are_compared_alone_in_every_command(weitiao, model_folder, tmp_path, monkeypatch):
     rows = [{"text": "good" if a % 2 else "bad", "label": a % 2} for a in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = weitiao("train", "--model", model_folder, "--data", "rows.jsonl", "--output", "r", *FAST, "training.epochs=30",
@@ -561,7 +562,8 @@ def test_labels_are_compared_alone_in_every_command(weitiao, model_folder, tmp_p
     assert code == 0, err
     answers = [json.loads(line) for line in out.splitlines()]
     assert [a["answer"] for a in answers] == ["pos", "neg"] and all(0.5 < a["probability"] <= 1 for a in answers)
-    code, out, err = weitiao("chat", "r", stdin="good\nbad\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("good\nbad\n"))
+    code, out, err = weitiao("chat", "r")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["pos", "neg"], err
 
 

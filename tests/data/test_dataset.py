@@ -316,14 +316,14 @@ def test_a_weight_that_is_no_number_stops_at_its_row(refusal, weight):
 
 def test_files_are_mixed_by_their_shares_and_each_has_its_own_format(load_rows, tokenizer):
     write("pairs.jsonl", [pair(i, 1) for i in range(1, 7)])
-    write("labels.jsonl", [{"text": "9", "label": 3}] * 5 + [{"text": "9", "label": 4}])
+    write("labels.jsonl", [{"text": "9", "label": 3}] * 6)
     sources = [{"path": "pairs.jsonl", "share": 3}, {"path": "labels.jsonl", "share": 1}]
     data = load_rows(train=sources)
     places = [row.where for row in data.rows]
     assert len(places) == 12  # as many as the files hold together, 9 : 3
     pairs = [place for place in places if place.startswith("pairs.jsonl")]
     assert len(pairs) == 9 and len(set(pairs)) == 6  # each came once before any came again
-    assert {text(tokenizer, row.examples[0])[1] for row in data.rows} == {"2<|im_end|>", "3<|im_end|>", "4<|im_end|>"}
+    assert {text(tokenizer, row.examples[0])[1] for row in data.rows} == {"2<|im_end|>", "3<|im_end|>"}
     assert [row.where for row in load_rows(train=sources).rows] == places
     assert [row.where for row in load_rows(train=sources, seed=1).rows] != places
 
@@ -423,13 +423,13 @@ def test_function_calls_are_learned_as_answers(shared, load_rows, chatml):
 
 def test_rotten_tomatoes_is_one_label_a_row(shared, load_rows, plain):
     data = load_rows(
-        train=str(shared / "data/rotten_tomatoes/train.jsonl"), labels={0: "neg", 1: "pos"}, template=plain, task="answer",
+        train=str(shared / "data/rotten_tomatoes/train.jsonl"), labels={0: "neg", 1: "pos"}, template=plain, label_scoring="sequence",
     )
     assert (len(data), data.cut, data.skipped) == (8530, 0, [])
     answers = [row.examples[0].ids[row.examples[0].weights > 0] for row in data.rows]
     words = {tuple(ids.tolist()) for ids in answers}
-    assert {plain.tokenizer.decode(list(ids)) for ids in words} == {"neg", "pos"}
-    assert sum(plain.tokenizer.decode(ids) == "pos" for ids in answers) == 4265
+    assert {plain.tokenizer.decode(list(ids)) for ids in words} == {"neg<|im_end|>", "pos<|im_end|>"}
+    assert sum(plain.tokenizer.decode(ids) == "pos<|im_end|>" for ids in answers) == 4265
 
 
 def test_long_and_broken_chats(shared, load_rows, chatml):

@@ -102,8 +102,8 @@ class Training:
     layout: str
     budget: int
     listener: Listener
-    labels: Labels | None = None
     stop_requested: Callable[[], bool] = lambda: False
+    labels: Labels | None = None
     best: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     saved_step: int = -1

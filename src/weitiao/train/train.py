@@ -454,8 +454,8 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
         with interruptible(screen) as signals:
             training = Training(
                 settings, run, job.model, job.method, job.base_name, job.template, job.data.rows, job.eval_data.rows,
-                job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line, job.data.labels,
-                stop_requested=lambda: bool(signals),
+                job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
+                stop_requested=lambda: bool(signals), labels=job.data.labels,
             )
             if checkpoint:
                 training.restore(checkpoint)
