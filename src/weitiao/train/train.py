@@ -185,14 +185,21 @@ def read_rows(
     facts = (settings.data, template, room, vocabulary, settings.training.seed)
     data = load(settings.data.train, *facts, progress=screen.progress, task=settings.task)
     refuse_metric(settings.evaluation.metric, data.labels is not None)
+    if data.labels and settings.samples.prompts:
+        raise SettingError("samples.prompts are answered in words, and this run tells labels.", "Expected task=answer, or no prompts.",
+                           "Afterwards, `weitiao generate RUN --prompt TEXT` tells the label of any text.")
     if settings.data.eval:
         # Its rows count alike: a weight column is the training rows' own.
         measured = settings.data.model_copy(update={"weight_column": None})
         return data, load(settings.data.eval, measured, *facts[1:], max_tokens=data.max_tokens, progress=screen.progress,
-                          task=settings.task, labels=data.labels)
+                          task=task_of(data), labels=data.labels)
     if settings.data.eval_share and len(data) > 1:
         return data.split(settings.data.eval_share, settings.training.seed)
     return data, Dataset([])
+
+
+def task_of(data: Dataset) -> str:
+    return "classify" if data.labels else "answer"
 
 
 def refuse_metric(metric: str, labelled: bool) -> None:
@@ -231,7 +238,7 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     filled = job.settings.model_copy(update={
         "model": job.settings.model.model_copy(update={"name": name if name in EMBEDDED else _absolute(name)}),
         "data": found_from_anywhere(job.settings.data, job.data.max_tokens),
-        "task": "classify" if job.data.labels else "answer",
+        "task": task_of(job.data),
         "training": training.model_copy(update={
             "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing,
             "learning_rate": job.settings.learning_rate,

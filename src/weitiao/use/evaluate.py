@@ -83,11 +83,16 @@ def show(results: dict[str, dict[str, Any]], rows: int, screen: Screen) -> None:
     lines = [[key, *(_cell(results[n].get(key)) for n in names)] for key in
              ("loss", "perplexity", "accuracy", "macro_f1", "exact_match", "field_f1", "field_precision", "field_recall", "json_parsed")
              if any(key in results[n] for n in names)]
-    fields = results["tuned"].get("per_field", {})
-    lines += [[f"F1 of {field}", *(_cell(results[n].get("per_field", {}).get(field, {}).get("f1")) for n in names)] for field in fields]
     screen.tell()
     answered = results["tuned"]["rows"]
     screen.grid([f"{rows} rows" if answered == rows else f"{rows} rows, {answered} answered", *names], lines)
+    if fields := results["tuned"].get("per_field"):
+        screen.tell()
+        others = [n for n in names if n != "tuned"]
+        screen.grid(["field", "precision", "recall", "F1", *(f"F1, {n}" for n in others), "in the rows"],
+                    [[field, *(_cell(found[part]) for part in ("precision", "recall", "f1")),
+                      *(_cell(results[n].get("per_field", {}).get(field, {}).get("f1")) for n in others), str(found["support"])]
+                     for field, found in fields.items()])
     if labels := results["tuned"].get("labels"):
         screen.tell()
         counts = results["tuned"]["confusion"]

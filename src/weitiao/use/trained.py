@@ -55,7 +55,7 @@ class Trained:
         data = self.settings.data if own else self.settings.data.model_copy(update={"weight_column": None})
         return load(
             sources, data, self.template, self.row_limit, self.model.config.get_text_config().vocab_size, self.settings.training.seed,
-            data.max_tokens, progress, self.settings.task, self.labels,
+            data.max_tokens, progress, "classify" if self.labels else "answer", self.labels,
         )
 
     def prompt_ids(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> np.ndarray:
