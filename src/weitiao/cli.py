@@ -146,7 +146,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.  [default: a half more than the longest reference]", min=1, show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows answered at once.", min=1)] = 16,
 ) -> None:
-    """Loss, perplexity, exact match, and field F1 where the answers are JSON."""
+    """Loss, perplexity, exact match, field F1 where the answers are JSON; accuracy and confusion of labels."""
     from weitiao.use.evaluate import evaluate as measure
 
     measure(run, data, rows, base, max_new_tokens, batch_size)
