@@ -124,6 +124,14 @@ def test_the_rows_that_are_made_are_those_that_are_read(file, script, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {source.path for source in (*data.train, *data.eval)}
 
 
+def test_the_embedded_model_is_asked_as_it_was_taught(script):  # noqa: F811
+    resume, role_play = (config.read(str(ROOT / file)).samples.prompts[0] for file in EMBEDDED if file[9] in "14")
+    assert resume == script.PROMPT.replace("{sentence}", "张三，汉族，金融学硕士。")
+    who, whom = role_play.split("#关于")
+    rows = script.make_rows("role_play")[0]
+    assert any(row["input"].startswith(f"{who}#关于") for row in rows) and any(row["input"].endswith(f"#关于{whom}") for row in rows)
+
+
 def test_the_methods_that_tutorial_2_offers_for_the_embedded_model_are_there():
     file = next(file for file in EMBEDDED if "/2_" in file)
     (offer,) = [line for line in comment_lines(file) if " # or " in line]
@@ -239,7 +247,9 @@ def test_tutorial_2_runs(file, weitiao, hub, script, place):  # noqa: F811
     assert answered(run) == ["考试有哪些技巧？"]
     assert (run.path / METHODS[settings.method.name].FOLDER).is_dir()
     if "/llama/" in file:  # 2 layers x (q, v) x rank 8 x (32 in + 32 out), however the frozen weights are packed
-        assert "trainable params: 2,048 ||" in out
+        assert "trainable params: 2,048 ||" in out and "computed in float16" in out
+        adapter = load_file(run.path / "adapter" / "adapter_model.safetensors")
+        assert {weight.dtype for weight in adapter.values()} == {torch.float32}
     if file == HARD:
         words = load_tokenizer(hub("bloom"), settings.model)(settings.method.text).input_ids
         assert f"trainable params: {32 * len(words):,} ||" in out
@@ -369,10 +379,15 @@ def test_tutorial_0_prompts_and_answers_to_the_letter(hub, script, tmp_path):  #
     assert asked.tolist() == first.ids[first.weights == 0].tolist()
 
 
-def test_tutorial_0_takes_13_steps_for_400_rows_and_13_for_399():
-    for rows, steps in ((400, 13), (416, 13), (417, 14), (384, 12)):
-        training = config.read(str(ROOT / BLOOM)).training
-        assert Schedule(rows, training.batch_size, training.seed, training.epochs).steps == steps
+@pytest.mark.parametrize(("file", "rows", "saved"), [
+    (BLOOM, 400, [13]), (BLOOM, 417, [14]), (YUAN2, 200, [17, 34, 51]), (GPT2, 8530, [*range(100, 1001, 100), 1067]),
+    (CHATGLM3, 705, [89]), (CHATGLM3, 712, [89]), (CHATGLM3, 713, [90]),
+])
+def test_the_steps_after_which_the_tutorials_rows_are_saved(file, rows, saved):
+    settings = config.read(str(ROOT / file))
+    training = settings.training
+    schedule = Schedule(rows, training.batch_size, training.seed, training.epochs, training.steps)
+    assert [step for step in range(1, schedule.steps + 1) if schedule.due(settings.saving.every, step)] == saved
 
 
 def test_tutorial_1_keeps_its_rows_whole_and_takes_51_steps(shared, script, tmp_path):  # noqa: F811
@@ -387,6 +402,20 @@ def test_tutorial_1_keeps_its_rows_whole_and_takes_51_steps(shared, script, tmp_
         for (example,) in (row.examples for row in data.rows):
             assert len(example) <= 384 and learned(example)[-1] == eod and example.ids[example.weights == 0][-1] == sep
             assert template.tokenizer.bos_token_id not in example.ids
+
+
+@pytest.mark.parametrize("file", [file for file in TUTORIAL_2 if "/llama/" in file])
+def test_tutorial_2_ends_llamas_answers_in_one_end_token_and_pads_to_the_right(file, hub, script, tmp_path):  # noqa: F811
+    rows = tmp_path / "rows.json"
+    script.write(script.make_rows("instructions", 12)[0], rows)
+    data, template, _ = rows_read(file, hub("llama2"), rows)
+    examples = [row.examples[0] for row in data.rows]
+    for example in examples:
+        ids = example.ids.tolist()
+        assert (ids[0], ids.count(1), ids[-1], ids.count(2)) == (1, 1, 2, 1) and learned(example)[-1] == 2
+    (batch,) = make_passes(examples, "padded", 1 << 20, template.pad_id, "cpu")
+    masked = batch["attention_mask"] == 0
+    assert masked.any() and not (masked[:, :-1] & ~masked[:, 1:]).any() and not batch["weights"][masked].any()
 
 
 # -- tutorial 3, in the original's vocabulary
