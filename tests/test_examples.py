@@ -275,9 +275,7 @@ def test_tutorial_1_runs(weitiao, hub, script, place):  # noqa: F811
         weights = load_file(checkpoint.path / "adapter" / "adapter_model.safetensors")
         assert len(weights) == 2 * 7 * checkpoints.LAYERS and all("lora_" in name for name in weights)
     (prompt,) = answered(run)
-    head, tail = script.PROMPT.split("{sentence}")  # the blank lines are those of the rows; its commas are the tutorial's
-    assert prompt.splitlines()[-1] == tail.splitlines()[-1].replace("，", ",")
-    assert [len(line) > 0 for line in prompt.splitlines()] == [len(line) > 0 for line in (head + "x" + tail).splitlines()]
+    assert prompt == script.PROMPT.replace("{sentence}", "张三，汉族，金融学硕士。")  # as the rows have it, blank lines and commas
 
 
 def test_tutorial_3_runs(weitiao, hub, script, place):  # noqa: F811
