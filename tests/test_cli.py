@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -562,6 +563,7 @@ def test_labels_are_compared_alone_in_every_command(weitiao, model_folder, tmp_p
     assert code == 0, err
     answers = [json.loads(line) for line in out.splitlines()]
     assert [a["answer"] for a in answers] == ["pos", "neg"] and all(0.5 < a["probability"] <= 1 for a in answers)
+    assert re.fullmatch(r"pos \(\d+\.\d%\)\n", weitiao("generate", "r", "--prompt", "good")[1])
     monkeypatch.setattr(sys, "stdin", io.StringIO("good\nbad\n"))
     code, out, err = weitiao("chat", "r")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["pos", "neg"], err

@@ -106,7 +106,7 @@ def generate(
         write_text(Path(output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         screen.tell(f"{len(lines)} answers are in {output}.")
     elif len(lines) == 1:
-        print(lines[0]["answer"])
+        print(lines[0]["answer"] + (f" ({share:.1%})" if (share := lines[0].get("probability")) is not None else ""))
     else:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))
