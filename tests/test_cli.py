@@ -569,6 +569,35 @@ def test_labels_are_compared_alone_in_every_command(weitiao, model_folder, tmp_p
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["pos", "neg"], err
 
 
+@pytest.mark.parametrize("name, setting", [
+    ("answers", "data.label_scoring=sequence"), ("answers", "data.cut=front"), ("labels", "evaluation.rows=3"),
+    ("labels", "evaluation.max_new_tokens=3"),
+])
+def test_settings_that_the_rows_leave_nothing_to_do_are_refused(weitiao, model_folder, rows_file, tmp_path, name, setting):
+    if name == "labels":
+        rows_file = tmp_path / "labels.jsonl"
+        rows_file.write_text('{"text": "good", "label": "1"}\n{"text": "bad", "label": "0"}\n' * 6)
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "r", setting, "data.eval_share=0.3")
+    assert code == 2 and f"{setting.split('=3')[0]} would do nothing on rows with" in err and not (tmp_path / "r").exists()
+
+
+def test_rows_to_measure_are_read_as_the_rows_that_are_learned(weitiao, model_folder, rows_file, tmp_path):
+    """Text and label beside rows with answers are answered in words; the run opens again."""
+    (tmp_path / "labels.jsonl").write_text('{"text": "good", "label": "1"}\n{"text": "bad", "label": "0"}\n' * 3)
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "r", "data.eval=labels.jsonl", "training.steps=1")
+    assert code == 0, err
+    code, out, err = weitiao("evaluate", "r")
+    assert code == 0 and "exact_match" in out and "accuracy" not in out, err
+    assert weitiao("train", "r", "--resume")[0] == 0
+
+
+def test_a_folder_in_the_place_of_settings_tells_what_it_holds(weitiao, tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "run.yaml").write_text("data: rows.jsonl")
+    code, _, err = weitiao("train", "job")
+    assert code == 2 and "job is a folder, and no run." in err and "It holds job/run.yaml." in err
+
+
 def test_a_prompt_longer_than_the_model_is_refused(weitiao, finished):
     code, _, err = weitiao("generate", finished, "--prompt", "word " * 400)
     assert code == 2 and "Prompt 1 has" in err and "The model takes 256" in err

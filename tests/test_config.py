@@ -257,7 +257,8 @@ def test_every_file_has_a_share_or_none_has(which):
 
 
 def test_a_metric_needs_rows_to_measure_on():
-    assert refusal("evaluation.metric=field_f1") == f"evaluation.metric needs rows to measure on: data.eval or data.eval_share.\n{HELP}"
+    assert refusal("evaluation.metric=field_f1") == (
+        "evaluation.metric=field_f1 needs rows to measure on: give data.eval=FILE or data.eval_share=0.1, or leave it at loss.\n" + HELP)
     assert read("evaluation.metric=field_f1", "data.eval_share=0.1").evaluation.metric == "field_f1"
 
 

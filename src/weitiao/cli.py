@@ -60,8 +60,8 @@ def train(
         raise SettingError(f"{first} is a run folder.", next_step=f"Go on with it: weitiao train {first} --resume")
     given = {"model.name": model, "data.train": data or None, "output": output}
     values = config.gather(first, words, **given)
-    without_rows = show_model and "data" not in values
-    settings = config.parse(values | {"data": "none"} if without_rows else values)
+    without_rows = show_model and not config.names_rows(values)
+    settings = config.parse(values | {"data": {**(values.get("data") or {}), "train": "none"}} if without_rows else values)
     from weitiao.screen import quiet_libraries
 
     quiet_libraries()

@@ -116,7 +116,7 @@ class DataSettings(Group):
     system: str | None = setting(None, "system text put before rows that have none")
     weight_column: str | None = setting(None, "column that holds how much a row counts in the loss")
     max_tokens: int | None = setting(None, "longest row; default: the model's limit or the rows' 99th percentile, whichever is less", "tokens", ge=8)
-    cut: Literal["auto", "end", "front"] = setting("auto", "what a row longer than that loses: the end of its answer, or the front of what was said; auto: the front where labels are learned")
+    cut: Literal["auto", "end", "front"] = setting("auto", "what a row longer than that loses: the end of its answer, or, before a label, the front of what was said; auto: whichever fits")
     bad_rows: Literal["skip", "refuse"] = setting("skip", "rows that cannot teach: skip and name them, or stop")
     bad_share: float = setting(0.05, "stop in any case when more than this share of the rows cannot teach", ge=0, le=1)
 
@@ -337,7 +337,7 @@ class TrainingSettings(Group):
     adam_beta1: float = setting(0.9, "how slowly Adam's mean of the gradients forgets", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "how slowly Adam's mean of the squared gradients forgets", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "added to the root of that mean, so that nothing is divided by 0", gt=0)
-    max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never", ge=0)
+    max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never; lbfgs: never, since it measures slopes", ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
     checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
@@ -381,7 +381,8 @@ class SamplesSettings(Group):
 
     @model_validator(mode="after")
     def _none_idle(self) -> SamplesSettings:
-        _refuse_idle(self, "samples.prompts", bool(self.prompts), "temperature", "top_p", "max_new_tokens")
+        if "prompts" not in self.model_fields_set:  # emptied by hand, the rest of a file's group may stay
+            _refuse_idle(self, "samples.prompts", bool(self.prompts), "temperature", "top_p", "max_new_tokens")
         _refuse_idle(self, "a temperature above 0", self.temperature > 0, "top_p")
         if not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("samples.prompts holds an empty text")
@@ -423,14 +424,11 @@ class Settings(Group):
             if any(given) and not all(given):
                 raise ValueError(f"{name}: give every file a share, or none")
         self._weights_can_learn()
-        if self.task == "answer" and self.data.label_scoring != "token":
-            raise ValueError("data.label_scoring goes with task=classify, and would do nothing here")
-        if self.task == "answer" and self.evaluation.metric in ("accuracy", "macro_f1"):
-            raise ValueError(f"evaluation.metric={self.evaluation.metric} goes with task=classify")
         self._one_rate_for_all()
         self._rate_is_known()
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:
-            raise ValueError("evaluation.metric needs rows to measure on: data.eval or data.eval_share")
+            raise ValueError(f"evaluation.metric={self.evaluation.metric} needs rows to measure on: give data.eval=FILE or data.eval_share=0.1, "
+                             "or leave it at loss")
         return self
 
     def _one_rate_for_all(self) -> None:
@@ -506,6 +504,12 @@ def gather(file: str | None = None, overrides: Sequence[str] = (), **given: Any)
     return values
 
 
+def names_rows(values: Mapping[str, Any]) -> bool:
+    """Do these settings say what to learn from?"""
+    data = values.get("data")
+    return bool(data) and (not isinstance(data, Mapping) or bool({"train", "path"} & set(data)))
+
+
 def parse(values: Mapping[str, Any]) -> Settings:
     """Settings from plain values; every mistake in them is told in one message."""
     try:
@@ -531,9 +535,13 @@ def read_scalar(text: str) -> Any:
 
 def _read_yaml(file: str) -> dict[str, Any]:
     path = Path(file)
+    if path.is_dir():
+        inside = sorted(path.glob("*.y*ml"))
+        raise SourceError(f"{file} is a folder, and no run.", "Expected a YAML file of settings, or a run folder.",
+                          f"It holds {', '.join(str(p) for p in inside[:4])}." if inside else "")
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise SourceError(f"There is no file {file}.", "Expected a YAML file of settings, or a run folder.", nearest(path.name, siblings))
+        raise SourceError(f"There is no file {file}.", "Expected a YAML file of settings, or a run folder.", nearest(str(path), [str(path.parent / s) for s in siblings]))
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -159,7 +159,7 @@ def test_a_label_is_answered_with_its_word():
 
 
 def test_a_label_that_no_word_is_given_for():
-    assert reason({"text": "dull", "label": 2}, labels={0: "neg", 1: "pos"}) == "label 2 is not among data.labels (0, 1)"
+    assert reason({"text": "dull", "label": 2}, labels={0: "neg", 1: "pos"}) == "its label is none of 0, 1 (data.labels): '2'"
     assert reason({"text": "dull", "label": None}) == "no label"
 
 

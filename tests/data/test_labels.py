@@ -16,11 +16,11 @@ from weitiao.errors import RowError
 @pytest.fixture
 def read(tmp_path, tokenizer):
     """(text, label) pairs -> the data set that a run makes of them."""
-    def read(*pairs, template="label", task="auto", model_limit=1 << 20, labels=None, **settings):
+    def read(*pairs, template="label", task="auto", model_limit=1 << 20, known=None, **settings):
         rows = [{"text": text, "label": label} for text, label in pairs]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         made = DataSettings(train=str(tmp_path / "rows.jsonl"), **settings)
-        return load(made.train, made, load_template(template, tokenizer), model_limit, 300, 0, task=task, labels=labels)
+        return load(made.train, made, load_template(template, tokenizer), model_limit, 300, 0, task=task, labels=known)
 
     return read
 
@@ -70,13 +70,6 @@ def test_the_front_is_cut_behind_the_head(most, head, left):
     assert cut_front(np.arange(5), most, head).tolist() == left
 
 
-def test_a_chat_can_be_cut_in_front_too(tmp_path, tokenizer):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "123456789", "completion": "55"}) + "\n")
-    settings = DataSettings(train=str(tmp_path / "rows.jsonl"), cut="front", max_tokens=8)
-    data = load(settings.train, settings, load_template("plain", tokenizer), 1 << 20, 300, 0)
-    assert shown(tokenizer, data.rows[0]) == ("56789", "55<|im_end|>")
-
-
 # -- labels that cannot be told apart ----------------------------------------------------------------------------------
 
 CURE = ("Expected labels that are one token each, no two the same.\n"
@@ -100,6 +93,21 @@ def test_whole_words_are_learned_with_their_end_when_asked_for(read, tokenizer):
     assert [shown(tokenizer, row)[1] for row in data.rows] == ["8<|im_end|>", "89<|im_end|>"]
 
 
+def test_a_label_without_a_token_is_refused(read):
+    assert refused(read, ("1", "1"), ("2", "1"), labels={"0": "", "1": "8"}) == (
+        "The label '' has no token.\nExpected a word for each label (data.labels).")
+
+
+def test_a_chat_among_the_rows_is_skipped_and_names_no_label(tmp_path, tokenizer):
+    chat = {"messages": [{"role": role, "content": said} for role, said in zip(("user", "assistant") * 2, "1234")]}
+    rows = [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": c}]} for c in "78" * 15]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, chat]))
+    settings = DataSettings(train=str(tmp_path / "rows.jsonl"))
+    data = load(settings.train, settings, load_template("plain", tokenizer), 1 << 20, 300, 0, task="classify")
+    assert data.labels.words == ("7", "8") and len(data) == 30
+    assert [s.reason for s in data.skipped] == ["2 answers in one row, where one label is to be learned"]
+
+
 def test_one_label_is_no_classification(read):
     assert refused(read, ("1", "8"), ("2", "8")) == (
         "All rows are answered with '8'.\nExpected two labels or more to classify.\n"
@@ -109,8 +117,8 @@ def test_one_label_is_no_classification(read):
 
 def test_a_label_that_the_run_does_not_know_is_named(read):
     known = read(("1", "8"), ("2", "7")).labels
-    data = read(*[("1", "8")] * 30, ("2", "9"), labels=known)
-    assert [(s.where.rpartition("/")[2], s.reason) for s in data.skipped] == [("rows.jsonl:31", "the label '9' is none of 7, 8")]
+    data = read(*[("1", "8")] * 30, ("2", "9"), known=known)
+    assert [(s.where.rpartition("/")[2], s.reason) for s in data.skipped] == [("rows.jsonl:31", "its label is none of 7, 8: '9'")]
 
 
 def test_rows_of_any_format_are_classified_when_asked_for(tmp_path, tokenizer):

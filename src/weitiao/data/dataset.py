@@ -116,7 +116,7 @@ def load(
             skipped.append(Skipped(row.where, str(reason)))
     longest = [max(_length(turn, labels) for turn in turns) for _, _, turns in encoded]
     limit = min(max_tokens or settings.max_tokens or _usual_length(longest, labels is not None), model_limit)
-    cut_in_front = settings.cut == "front" or (settings.cut == "auto" and labels is not None)
+    cut_in_front = labels is not None and settings.cut != "end"
     kept: list[TrainingRow] = []
     cut = 0
     for (row, conversation, turns), length in zip(encoded, longest, strict=True):
@@ -158,6 +158,7 @@ def _labels(task: str, conversations: Sequence[Conversation], settings: DataSett
     """
     if not conversations or task == "answer" or (task == "auto" and not all(c.is_label for c in conversations)):
         return None
+    conversations = [c for c in conversations if len(c.turns()) == 1] or conversations
     words = words_of(conversations, settings.labels)
     if len(words) < 2:
         raise RowError(f"All rows are answered with {words[0]!r}.", "Expected two labels or more to classify.",
@@ -211,7 +212,7 @@ def _classified(conversation: Conversation, template: Template, labels: Labels) 
         raise CannotTeach(f"{len(more) + 1} answers in one row, where one label is to be learned")
     answer = conversation.messages[first]
     if answer.content not in labels.words:
-        raise CannotTeach(f"the label {_short(answer.content)!r} is none of {', '.join(labels.words)}")
+        raise CannotTeach(f"its label is none of {', '.join(labels.words)}: {_short(answer.content)!r}")
     prompt = template.prompt_ids(conversation.as_dicts(first), conversation.tools)
     turn = EncodedTurn(prompt, labels.of(answer.content), np.zeros(0, np.int32), answer.weight)
     return conversation, [turn]
@@ -266,9 +267,10 @@ def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSet
         return
     listing = skipped_summary(skipped)
     if len(skipped) == rows:
-        cut = all("cut away" in s.reason for s in skipped)
+        cut, strange = (all(words in s.reason for s in skipped) for words in ("cut away", "its label is none of"))
         cure = "Raise data.max_tokens." if cut and settings.max_tokens else "Shorten the prompts." if cut else \
-            "Look at the rows named; data.columns says which column is which."
+            "Name the labels as the rows have them, such as data.labels='{negative: neg, positive: pos}'; task=answer learns them as text." \
+            if strange else "Look at the rows named; data.columns says which column is which."
         raise RowError(f"Nothing can be learned from any of the {rows} rows.\n{listing}", next_step=cure)
     if settings.bad_rows == "refuse":
         raise RowError(f"{len(skipped)} of {rows} rows cannot teach.\n{listing}", "data.bad_rows=refuse stops on the first.",

@@ -76,7 +76,7 @@ def _label(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
     if label is None:
         raise CannotTeach("no label")
     if settings.labels and str(label) not in settings.labels:
-        raise CannotTeach(f"label {label!r} is not among data.labels ({', '.join(settings.labels)})")
+        raise CannotTeach(f"its label is none of {', '.join(settings.labels)} (data.labels): {str(label)[:40]!r}")
     conversation = _exchange(_text(fields, "text"), settings.labels.get(str(label), str(label)))
     return Conversation(conversation.messages, is_label=True)
 

@@ -69,7 +69,7 @@ def words_of(conversations: Iterable[Conversation], named: Mapping[str, str]) ->
     """The labels' words: data.labels', else those that the rows are answered with."""
     if named:
         return list(dict.fromkeys(named.values()))
-    return sorted({c.messages[c.turns()[-1]].content for c in conversations})
+    return sorted({c.messages[c.turns()[0]].content for c in conversations})
 
 
 def encode_labels(words: Sequence[str], asked: Conversation, template: Template, scoring: str) -> Labels:
@@ -87,6 +87,8 @@ def encode_labels(words: Sequence[str], asked: Conversation, template: Template,
         turn: Turn = next(template.turns(asked.answered(word)))
         encoded = encode_turn(turn, template)
         stop = [template.stop_id] if scoring == "sequence" else []
+        if not len(encoded.answer):
+            raise RowError(f"The label {word!r} has no token.", "Expected a word for each label (data.labels).")
         ids.append(np.concatenate([encoded.answer, np.asarray(stop, np.int32)]))
     labels = Labels(tuple(words), tuple(ids))
     if scoring == "token":

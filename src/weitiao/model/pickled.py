@@ -90,7 +90,7 @@ def convert(source: Path, target: Path, beside: Sequence[Path]) -> None:
     target.mkdir()
     for file in beside:
         shutil.copyfile(file, target / file.name)
-    tied = json.loads((source / "config.json").read_text("utf-8")).get("tie_word_embeddings") is not False
+    tied = _is_tied(json.loads((source / "config.json").read_text("utf-8")))
     parts, where, size = files(source), {}, 0
     for i, part in enumerate(parts, start=1):
         name = "model.safetensors" if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
@@ -102,6 +102,16 @@ def convert(source: Path, target: Path, beside: Sequence[Path]) -> None:
     if len(parts) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Does the model tie its head to its embedding? As config.json says, else as transformers' class of that kind has it."""
+    from transformers import CONFIG_MAPPING
+
+    said, kind = config.get("tie_word_embeddings"), config.get("model_type")
+    if said is None and kind in CONFIG_MAPPING:
+        said = CONFIG_MAPPING[kind]().tie_word_embeddings
+    return said is not False
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:

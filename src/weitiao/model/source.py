@@ -342,6 +342,7 @@ CANONICAL = {
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")},
     "distilgpt2": "distilbert/distilgpt2",
 }
+HUB_PREFIXES = ("hf:", "hub:")
 PATIENCE = 10  # seconds without an answer before a hub counts as unreachable
 
 # What a hub's error is called -> what was found, what to do. {0} is the model, {1} the revision.
@@ -357,6 +358,14 @@ REFUSALS = {
     ),
     "HFValidationError": ("{0} cannot be the name of a model.", "Write owner/name as on the model's page."),
 }
+
+
+def hub_id(name: str) -> str | None:
+    """What others call it on the Hugging Face hub, owner/name; None for what does not come from there."""
+    bare = next((name.removeprefix(p) for p in HUB_PREFIXES if name.startswith(p)), name)
+    if bare == name and Path(name).exists():
+        return None
+    return CANONICAL.get(bare) or (bare if ID.fullmatch(bare) else None)
 
 
 def from_hub(request: Request) -> Path:

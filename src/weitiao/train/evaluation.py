@@ -148,13 +148,14 @@ def classify(nll: np.ndarray, labels: Labels) -> tuple[list[str], np.ndarray]:
     return [labels.words[k] for k in nll.argmin(axis=1)], likely.max(axis=1) / likely.sum(axis=1)
 
 
-def score_labels(nll: np.ndarray, references: Sequence[str], labels: Labels) -> LabelScores:
-    """What `label_nll` found against the rows' own labels; loss as `mean_loss` has it."""
+def score_labels(nll: np.ndarray, references: Sequence[str], labels: Labels, weights: np.ndarray | None = None) -> LabelScores:
+    """What `label_nll` found against the rows' own labels; loss as `mean_loss` has it, each row with its weight (default: 1)."""
     answers, _ = classify(nll, labels)
     right = [labels.words.index(word) for word in references]
+    weights = np.ones(len(right)) if weights is None else weights
     return LabelScores(
         rows=len(answers),
-        loss=float(nll[np.arange(len(right)), right].sum() / sum(len(labels.ids[k]) for k in right)),
+        loss=float((weights * nll[np.arange(len(right)), right]).sum() / (weights * [len(labels.ids[k]) for k in right]).sum()),
         accuracy=metrics.accuracy(answers, references),
         macro_f1=metrics.macro_f1(answers, references, labels.words),
         labels=labels.words,
@@ -164,6 +165,11 @@ def score_labels(nll: np.ndarray, references: Sequence[str], labels: Labels) -> 
 
 def label_prompts(rows: Sequence[TrainingRow]) -> list[np.ndarray]:
     return [prompt_of(row.examples[0]) for row in rows]
+
+
+def label_weights(rows: Sequence[TrainingRow]) -> np.ndarray:
+    """float64 [rows]: how much each row's label counts."""
+    return np.array([row.examples[0].weights.max() for row in rows], np.float64)
 
 
 def label_samples(rows: Sequence[TrainingRow], nll: np.ndarray, labels: Labels) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from weitiao.errors import RunError, TrainingStopped
 from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
 from weitiao.train.evaluation import (
-    answer_and_score, label_nll, label_prompts, make_passes, mean_loss, questions, score_labels,
+    answer_and_score, label_nll, label_prompts, label_weights, make_passes, mean_loss, questions, score_labels,
 )
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
@@ -208,11 +208,12 @@ class Training:
         return float(self.accelerator.reduce(total, reduction="sum")) / weight
 
     def _clip(self) -> float:
-        """Scale long gradients down; how long they were, loss scaling taken off."""
-        return float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.training.max_grad_norm or math.inf))
+        """Scale long gradients down; how long they were, loss scaling taken off. A search is told true slopes."""
+        limit = math.inf if self.settings.training.optimizer in SEARCHERS else self.settings.training.max_grad_norm or math.inf
+        return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
     def _again(self, step: int, passes: Sequence[dict[str, Any]], weight: float, loss: float) -> Callable[[], torch.Tensor]:
-        """What an optimizer that searches calls: the loss at the weights it has put in place, their clipped gradients beside it.
+        """What an optimizer that searches calls: the loss at the weights it has put in place, their gradients beside it.
 
         It first calls where the step begins, which is measured already: `loss`. Every process gets the same numbers, so all
         search alike. A stop that is asked for meanwhile waits for the step's end: the weights are on their way.
@@ -272,7 +273,7 @@ class Training:
         # Not through DDP: its forward would wait for processes that have no pass to measure.
         if self.labels:
             scores = score_labels(label_nll(self.plain_model, label_prompts(self.eval_rows), self.labels, *common),
-                                  [q.reference for q in questions(self.eval_rows)], self.labels)
+                                  [q.reference for q in questions(self.eval_rows)], self.labels, label_weights(self.eval_rows))
             line |= {"eval_loss": scores.loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
         else:
             line["eval_loss"] = mean_loss(self.plain_model, self.eval_rows, *common)

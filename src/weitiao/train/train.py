@@ -30,7 +30,7 @@ from weitiao.model import load as loading
 from weitiao.model import quantize
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
-from weitiao.model.source import EMBEDDED, model_folder
+from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration
 from weitiao.train import memory, samples
 from weitiao.train.evaluation import questions
@@ -63,8 +63,7 @@ class Job:
     @property
     def base_name(self) -> str:
         """What an adapter's file names as its base: the hub id, or where the folder is."""
-        name = self.settings.model.name
-        return name if "/" in name and ":" not in name and not Path(name).exists() else str(self.base)
+        return hub_id(self.settings.model.name) or str(self.base)
 
 
 def train(settings: Settings, screen: Screen | None = None, show_model: bool = False) -> RunFolder:
@@ -184,9 +183,10 @@ def read_rows(
     samples.refuse_too_long(settings, template, room)
     facts = (settings.data, template, room, vocabulary, settings.training.seed)
     data = load(settings.data.train, *facts, progress=screen.progress, task=settings.task)
-    refuse_metric(settings.evaluation.metric, data.labels is not None)
+    refuse_idle(settings, data)
     if data.labels and settings.samples.prompts:
-        raise SettingError("samples.prompts are answered in words, and this run tells labels.", "Expected task=answer, or no prompts.",
+        raise SettingError("samples.prompts are answered in words, and this run tells labels: all its rows are text and label.",
+                           "Expected no prompts (samples.prompts=[]), or task=answer.",
                            "Afterwards, `weitiao generate RUN --prompt TEXT` tells the label of any text.")
     if settings.data.eval:
         # Its rows count alike: a weight column is the training rows' own.
@@ -202,12 +202,22 @@ def task_of(data: Dataset) -> str:
     return "classify" if data.labels else "answer"
 
 
-def refuse_metric(metric: str, labelled: bool) -> None:
-    """A metric that these rows cannot be measured by."""
-    fit = ("accuracy", "macro_f1") if labelled else ("exact_match", "field_f1")
-    if metric != "loss" and metric not in fit:
-        raise SettingError(f"evaluation.metric={metric} cannot be measured on rows with {'labels' if labelled else 'answers in words'}.",
+def refuse_idle(settings: Settings, data: Dataset) -> None:
+    """Settings that these rows leave nothing to do: some go with labels, others with answers in words."""
+    kind = "labels" if data.labels else "answers in words"
+    fit = ("accuracy", "macro_f1") if data.labels else ("exact_match", "field_f1")
+    if settings.evaluation.metric not in ("loss", *fit):
+        raise SettingError(f"evaluation.metric={settings.evaluation.metric} cannot be measured on rows with {kind}.",
                            f"Expected loss, {' or '.join(fit)}.")
+    idle = {
+        "data.label_scoring=sequence": not data.labels and settings.data.label_scoring == "sequence",
+        "data.cut=front": not data.labels and settings.data.cut == "front",
+        "evaluation.rows": data.labels and settings.evaluation.rows is not None,
+        "evaluation.max_new_tokens": data.labels and settings.evaluation.max_new_tokens is not None,
+    }
+    for name in (name for name, found in idle.items() if found):
+        raise SettingError(f"{name} would do nothing on rows with {kind}.", f"Expected task={'answer' if data.labels else 'classify'} beside it.",
+                           "Leave it out.")
 
 
 def room_beside(virtual_tokens: int, limit: int) -> int:
@@ -343,7 +353,7 @@ def show_job(job: Job, screen: Screen) -> None:
         ("template", job.template.name if job.template.name != "auto" else "the tokenizer's own"),
         ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
-                   f"longest row {job.data.max_tokens:,}" + (f", {job.data.cut} cut to it" if job.data.cut else "")),
+                   f"rows of up to {job.data.max_tokens:,}" + (f", {job.data.cut} cut to it" if job.data.cut else "")),
         ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens, 1 / {tokens / nodes:.2f} (first {_count(steps, 'step')})"),
         ("steps", f"{schedule.steps:,}, each of {_count(min(settings.training.batch_size, len(job.data)), 'row')}; "
                   f"{schedule.steps / schedule.steps_per_epoch:.3g} times through all rows"),
@@ -527,7 +537,8 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
     screen.table("", rows)
     rows_to_measure = "" if len(job.eval_data) else " --data OTHER_ROWS.jsonl"
     merge = "" if job.method.why_not_merged(job.model) else f"\nMerge it:     weitiao merge {run.path}"
-    screen.tell(f"\nTalk to it:   weitiao chat {run.path}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}{merge}")
+    use = f"Try it:       weitiao generate {run.path} --prompt \"…\"" if job.data.labels else f"Talk to it:   weitiao chat {run.path}"
+    screen.tell(f"\n{use}\nMeasure it:   weitiao evaluate {run.path}{rows_to_measure}{merge}")
 
 
 @contextlib.contextmanager

@@ -56,11 +56,12 @@ def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Scr
     """Stream one answer; the messages with it, or without the question where the answer was broken off."""
     prompt = trained.prompt_ids(messages)
     limit = room(trained.model)
-    if trained.labels and len(prompt) + trained.labels.longest <= limit:
+    answer_room = trained.labels.longest if trained.labels else 1
+    if trained.labels and len(prompt) + answer_room <= limit:
         ((label,), (share,)) = classify(trained.label_nll([prompt]), trained.labels)
         print(f"{label} ({share:.1%})", flush=True)
         return messages[:-1]  # each text is told by itself
-    if len(prompt) + 1 > limit:
+    if len(prompt) + answer_room > limit:
         screen.tell(f"The conversation has {len(prompt)} tokens; the model takes {limit}. /reset begins anew.", style="yellow")
         return messages[:-1]
     pieces: list[str] = []
@@ -83,7 +84,7 @@ def generate(
     top_p: float, system: str | None, batch_size: int,
 ) -> None:
     """Answer prompts; print them, or write {prompt, answer} lines to `output`."""
-    if not prompts and not file:
+    if not file and not any(prompt.strip() for prompt in prompts):
         raise SettingError("There is nothing to answer.", "Expected --prompt TEXT or --file FILE.")
     if output:
         refuse_target(Path(output))
@@ -97,8 +98,9 @@ def generate(
     asked = [c if c.messages[0].role == "system" or not opening else c.opened_by(opening) for c in asked]
     ids = [trained.prompt_ids(c.as_dicts(), c.tools) for c in asked]
     limit = room(trained.model)
+    answer_room = trained.labels.longest if trained.labels else 1
     for number, prompt in enumerate(ids, 1):
-        if len(prompt) >= limit:
+        if len(prompt) + answer_room > limit:
             raise RowError(f"Prompt {number} has {len(prompt)} tokens.", f"The model takes {limit}, the answer counted.", "Shorten it.")
     answers = replies(trained, ids, Sampling(max_new_tokens, temperature, top_p), batch_size, screen)
     lines = [{"prompt": c.messages[-1].content, **answer} for c, answer in zip(asked, answers, strict=True)]

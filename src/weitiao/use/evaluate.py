@@ -12,7 +12,7 @@ from weitiao.data.dataset import Dataset, TrainingRow, skipped_summary
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train import memory
-from weitiao.train.evaluation import answer_and_score, label_prompts, label_samples, mean_loss, questions, score_labels
+from weitiao.train.evaluation import answer_and_score, label_prompts, label_samples, label_weights, mean_loss, questions, score_labels
 from weitiao.train.folder import write_text
 from weitiao.use.trained import Trained, open_trained
 
@@ -66,7 +66,7 @@ def measure(
     if trained.labels:
         rows = rows[: asked.rows]
         nll = trained.label_nll(label_prompts(rows), screen.progress)
-        scores = score_labels(nll, [q.reference for q in questions(rows)], trained.labels)
+        scores = score_labels(nll, [q.reference for q in questions(rows)], trained.labels, label_weights(rows))
         return label_samples(rows, nll, trained.labels), scores.as_dict()
     training = trained.settings.training
     loss = mean_loss(
