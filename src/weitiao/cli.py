@@ -90,7 +90,7 @@ def refuse_slips(words: list[str]) -> None:
         raise SettingError(f"{words[-1]} has no value.", "Expected name=value.", "Leave it out for the default.")
     if "=" in words or any(word.endswith("=") or word.startswith("=") for word in words):
         raise SettingError(f"Found {' '.join(words)!r} among the settings.", "Expected name=value without spaces around the =.")
-    if words and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):
+    if words and "=" not in words[0] and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):
         raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao train --data {words[0]}")
 
 
