@@ -256,6 +256,11 @@ def test_every_file_has_a_share_or_none_has(which):
     assert refusal(f"data.{which}={one}") == f"data.{which}: give every file a share, or none.\n{HELP}"
 
 
+def test_a_list_names_the_labels_from_0_on():
+    for text in ("[neg, pos]", "{0: neg, 1: pos}", "{'0': neg, '1': pos}"):
+        assert config.read(None, [f"data.labels={text}"], **{"data.train": "r.jsonl"}).data.labels == {"0": "neg", "1": "pos"}
+
+
 def test_a_metric_needs_rows_to_measure_on():
     assert refusal("evaluation.metric=field_f1") == (
         "evaluation.metric=field_f1 needs rows to measure on: give data.eval=FILE or data.eval_share=0.1, or leave it at loss.\n" + HELP)

@@ -59,6 +59,8 @@ def _path_alone(value: Any) -> Any:
 
 
 def _keys_as_text(value: Any) -> Any:
+    """Labels are told by text in every format; a list names labels 0, 1, …"""
+    value = dict(enumerate(value)) if isinstance(value, list) else value
     return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
@@ -110,7 +112,7 @@ class DataSettings(Group):
     eval_share: float = setting(0.0, "part of the training rows to set aside for measuring, if data.eval is empty", ge=0, lt=1)
     format: Literal["auto", "instruction", "completion", "messages", "sharegpt", "label"] = setting("auto", "how a row is laid out; auto: told from its columns")
     columns: dict[str, str] = setting({}, "other names of columns, such as {instruction: question, output: answer}")
-    labels: Annotated[dict[str, str], BeforeValidator(_keys_as_text)] = setting({}, "text+label rows: the word that each label is answered with, such as {0: neg, 1: pos}")
+    labels: Annotated[dict[str, str], BeforeValidator(_keys_as_text)] = setting({}, "text+label rows: the word that each label is answered with, such as {0: neg, 1: pos}; [neg, pos] is short for it")
     label_scoring: Literal["token", "sequence"] = setting("token", "classify: a label is told by its one token; or by all tokens of its word and the stop token")
     template: str = setting("auto", "auto: the tokenizer's own chat template; or a named one, or a .jinja file")
     system: str | None = setting(None, "system text put before rows that have none")
