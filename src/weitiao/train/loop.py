@@ -295,9 +295,8 @@ class Training:
             _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings)
         found = {k: v for k, v in scores.as_dict().items() if k in ("exact_match", "field_f1")}
         if settings.metric not in found:
-            wanted = "answers that are JSON objects" if settings.metric == "field_f1" else "rows with labels (task=classify)"
             raise RunError(f"evaluation.metric = {settings.metric!r} cannot be measured on these rows.",
-                           f"Expected {wanted}.", "Choose loss or exact_match.")
+                           "Expected answers that are JSON objects.", "Choose loss or exact_match.")
         return found
 
     def _record(self, line: dict[str, Any]) -> None:

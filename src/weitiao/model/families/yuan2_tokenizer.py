@@ -96,7 +96,7 @@ class Yuan2Tokenizer(PreTrainedTokenizer):
                 break
         try:
             converted = self.converted()
-        except Exception:  # transformers that cannot convert it cannot send other ids either
+        except Exception:  # tokenizers raises plain ones. What cannot be converted cannot send other ids, and a note stops no run
             return ""
         others = [where for where, *texts in seen if any(self._ids(text) != converted(text).input_ids for text in texts)]
         if not others:
