@@ -16,7 +16,7 @@ from weitiao.model.load import trie_obstacle
 from weitiao.model.methods import METHODS
 from weitiao.train.folder import RunFolder
 from weitiao.train.loss import learn_on_tries, summed_loss
-from weitiao.train.train import turn_on_checkpointing
+from weitiao.model.load import checkpoint_activations
 from weitiao.trie import build
 
 ARCHITECTURES = ["llama", "bloom", "gpt2", "qwen2", "gemma3", "yuan"]
@@ -144,7 +144,7 @@ def test_checkpointing_changes_no_gradient(variant, architecture, tokenizer, bra
     for batch in batches:
         model, _ = tuned(variant, architecture, tokenizer)
         without = gradients(model, [batch])
-        turn_on_checkpointing(model)
+        checkpoint_activations(model)
         recomputed = counted_layers(model)
         with_it = gradients(model, [batch])
         assert recomputed() > 0

@@ -20,7 +20,7 @@ from weitiao.train.folder import Checkpoint
 from weitiao.train.loop import MOST_SKIPPED, Training, skip_message
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import prove
-from weitiao.train.train import accelerator_for, make_accelerator, turn_on_checkpointing
+from weitiao.train.train import accelerator_for, make_accelerator
 
 NF4 = {"quantize": "nf4"}
 INT8 = {"quantize": "int8"}
@@ -53,7 +53,7 @@ def training(tokenizer, folder, model=None, method="lora", precision="fp32", eva
     template = load_template("auto", tokenizer)
     tuned = made.attach(loaded, settings.method, 0, template.tokenizer)
     if checkpointing:
-        turn_on_checkpointing(tuned)
+        loading.checkpoint_activations(tuned)
     return Training(settings, None, tuned, made, "base", template, make_rows(), eval_rows, accelerator, "trie", 4096, Recorder())
 
 

@@ -22,6 +22,7 @@ Three ways to the same numbers:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,8 +98,26 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
             raise TrieUnsupported(f"its attention uses {name}")
 
 
+_assumed: str | None = None
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Take the ways of a kind of device, for the block, wherever tensors are: a plan is made without one."""
+    global _assumed
+    before, _assumed = _assumed, device
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def _device(tensor: torch.Tensor) -> str:
+    return _assumed or tensor.device.type
+
+
 def _has_flash_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    return _device(query) == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 class ByKeys(torch.autograd.Function):
@@ -210,9 +229,10 @@ def dense(
 
 def _sdpa(query, key, value, mask: torch.Tensor, scale: float, dropout: float = 0.0) -> torch.Tensor:
     """Masked sdpa with fewer key heads than query heads. CUDA's fast kernels take a mask or grouped heads, not both."""
-    if query.is_cuda:
+    on_gpu = _device(query) == "cuda"
+    if on_gpu:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=not query.is_cuda,
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=not on_gpu,
     )

@@ -105,6 +105,13 @@ def learn_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(attention.register())
 
 
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Keep each layer's input only, and compute the rest again in the backward pass."""
+    model = causal_lm(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """On `device`. Quantised and spread weights are where they belong already; what a method added to them may not be."""
     inner = causal_lm(model)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # larger passes mostly cost memory, and hide progress
 LEAST_NODES = 512
@@ -22,12 +29,18 @@ def used(device: Any) -> int:
 
 
 def peak(device: Any) -> int:
-    """The most bytes in use so far; for a CPU of the whole process, its interpreter included."""
+    """The most bytes in use since `reset_peak`; for a CPU of the whole process, its interpreter included.
+
+    Where the system cannot forget its peak (anything but Linux), since the process began.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if STATUS.is_file():
+        kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text("ascii", "replace"), re.MULTILINE)
+        if kilobytes:
+            return int(kilobytes.group(1)) * 1024
     try:
         import resource
-        import sys
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -40,6 +53,29 @@ def peak(device: Any) -> int:
 def reset_peak(device: Any) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")  # the high-water mark begins anew (man 5 proc_pid_clear_refs)
+
+
+class Meter:
+    """What the parts of a run (load, proof, steps, …) need at their worst, beside what was there before the model came."""
+
+    def __init__(self, device: Any):
+        self.device, self.before = device, used(device)
+        self.peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        reset_peak(self.device)
+        try:
+            yield
+        finally:
+            self.peaks[name] = max(0, peak(self.device) - self.before)
+
+    @property
+    def worst(self) -> int:
+        return max(self.peaks.values(), default=0)
 
 
 def free(device: Any) -> int:

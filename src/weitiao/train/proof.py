@@ -133,12 +133,12 @@ def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, s
     """(nll_max, grad_rel_max)."""
     nll_max = _nll_difference(model, trie, examples, device)
     weight = sum(float(e.weights.sum()) for e in examples)
-    by_trie = _gradients(model, [trie_batch(trie, device)], weight, scale)
-    by_rows = _gradients(model, [padded_batch([e], pad_id=0, device=device) for e in examples], weight, scale)
-    floor = 1e-3 * max((float(g.norm()) for g in by_rows.values()), default=0.0)
-    relative = [
-        float((by_trie[name] - grad).norm()) / max(float(grad.norm()), floor, 1e-30) for name, grad in by_rows.items()
-    ]
+    by_trie = {name: g.clone() for name, g in _gradients(model, [trie_batch(trie, device)], weight, scale)}
+    rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
+    norms = [(float((by_trie[name].double() - g.double()).norm()), float(g.double().norm()))
+             for name, g in _gradients(model, rows, weight, scale)]
+    floor = 1e-3 * max((norm for _, norm in norms), default=0.0)
+    relative = [difference / max(norm, floor, 1e-30) for difference, norm in norms]
     return nll_max, max(relative, default=0.0)
 
 
@@ -174,14 +174,16 @@ def _path(trie: Trie, example: Example) -> list[int]:
     return path
 
 
-def _gradients(model, batches: Sequence[dict[str, Any]], weight: float, scale: float) -> dict[str, torch.Tensor]:
-    """Gradients of the summed loss of all batches over `weight`, the examples' own, on the CPU."""
+def _gradients(
+    model, batches: Sequence[dict[str, Any]], weight: float, scale: float,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gradients of `scale` times the summed loss of all batches over `weight`, the examples' own: one after the other, so that no
+    more than the model's own are held."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         (summed_loss(model, batch) * (scale / weight)).backward()
-    grads = {n: p.grad.detach().double().cpu() / scale for n, p in model.named_parameters() if p.grad is not None}
+    yield from ((name, p.grad.detach()) for name, p in model.named_parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
-    return grads
 
 
 def _pick(examples: Sequence[Example]) -> list[Example]:

@@ -59,6 +59,7 @@ class Job:
     accelerator: Any
     compute: torch.dtype
     obstacle: str | None
+    meter: memory.Meter
 
     @property
     def base_name(self) -> str:
@@ -132,22 +133,18 @@ def prepare(settings: Settings, screen: Screen) -> Job:
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
     screen.tell(f"Loading {settings.model.name} …")
-    model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
-    obstacle = loading.trie_obstacle(model)
-    refuse_unsound(model, base)
-    learn_on_tries(model)
-    examples = [example for row in data.rows for example in row.examples]
-    model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, examples)
-    model = loading.place(model, accelerator.device)
+    meter = memory.Meter(accelerator.device)
+    with meter.part("load"):
+        model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
+        obstacle = loading.trie_obstacle(model)
+        refuse_unsound(model, base)
+        learn_on_tries(model)
+        examples = [example for row in data.rows for example in row.examples]
+        model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, examples)
+        model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
-        turn_on_checkpointing(model)
-    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle)
-
-
-def turn_on_checkpointing(model: torch.nn.Module) -> None:
-    model = loading.causal_lm(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+        loading.checkpoint_activations(model)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, meter)
 
 
 def make_accelerator(settings: Settings) -> Any:
@@ -279,7 +276,7 @@ def settle_checkpointing(job: Job, screen: Screen) -> bool:
     per_node = memory.bytes_per_node(job.model, job.compute, False, "trie")
     if longest <= memory.nodes_that_fit(per_node, job.accelerator, most=memory.UNBOUNDED):
         return False
-    turn_on_checkpointing(job.model)
+    loading.checkpoint_activations(job.model)
     screen.tell(f"Activations are recomputed in the backward pass: the longest row, {longest:,} tokens, would not fit otherwise.")
     return True
 
@@ -291,7 +288,8 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
         return _fall_back(asked, job.obstacle, screen), None
     first = [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
-    proof = prove(job.model, first, job.compute, str(job.accelerator.device))
+    with job.meter.part("proof"):
+        proof = prove(job.model, first, job.compute, str(job.accelerator.device))
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(
@@ -466,9 +464,8 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     settings = job.settings
     steps = schedule_of(job).steps
     line = StepLine(screen, steps, checkpoint.step if checkpoint else 0, lambda: memory.used(job.accelerator.device))
-    memory.reset_peak(job.accelerator.device)
     try:
-        with interruptible(screen) as signals:
+        with interruptible(screen) as signals, job.meter.part("steps"):
             training = Training(
                 settings, run, job.model, job.method, job.base_name, job.template, job.data.rows, job.eval_data.rows,
                 job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
@@ -529,7 +526,7 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
     rows: list[tuple[str, Any]] = [
         ("loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"),
         ("time", f"{duration(line.seconds)}; {speeds['rows']:.2f} rows/s, {speeds['tokens']:,.0f} tokens/s ({speeds['nodes']:,.0f} computed)"),
-        ("peak memory", f"{memory.peak(job.accelerator.device) / 2**30:.1f} GiB"),
+        ("peak memory", f"{memory.peak(job.accelerator.device) / 2**30:.1f} GiB {job.meter.before>>20} { {k:v>>20 for k,v in job.meter.peaks.items()} }"),
     ]
     if training.best:
         rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))

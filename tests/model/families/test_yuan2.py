@@ -25,7 +25,7 @@ from weitiao.model.methods import METHODS, count_parameters, trainable_summary
 from weitiao.train import proof as proving
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import prove
-from weitiao.train.train import turn_on_checkpointing
+from weitiao.model.load import checkpoint_activations
 from weitiao.trie import build
 
 PAD = 3
@@ -441,7 +441,7 @@ def test_checkpointing_changes_no_gradient(variant, branching):
     batches = [trie_batch(build(branching)), padded_batch(branching, PAD)]
     model = tuned(variant)
     loss, without = gradients(model, batches)
-    turn_on_checkpointing(model)
+    checkpoint_activations(model)
     calls = []
     first = next(module for name, module in model.named_modules() if name.endswith("layers.0.input_layernorm"))
     first.register_forward_pre_hook(lambda *a: calls.append(1))

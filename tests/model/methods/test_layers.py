@@ -30,7 +30,7 @@ from weitiao.model.methods.layers import (
     within_layer,
 )
 from weitiao.train.loss import learn_on_tries, summed_loss
-from weitiao.train.train import turn_on_checkpointing
+from weitiao.model.load import checkpoint_activations
 
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 FAMILIES = ["llama", "bloom", "gpt2", "qwen2", "gemma3", "glm", "mistral"]
@@ -122,7 +122,7 @@ def assert_checkpointing_changes_nothing(name, method, settings, branching) -> N
     model = in_float64(name, method, settings)
     batches = [trie_batch(trie) for trie in trie_passes(branching, 40)] if name != "bloom" else [padded_batch(branching[:2], 3)]
     plain = gradients(model, batches)
-    turn_on_checkpointing(model)
+    checkpoint_activations(model)
     assert worst(gradients(model, batches), plain) < 1e-12
 
 
