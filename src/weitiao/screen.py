@@ -22,6 +22,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def format_bytes(count: float) -> str:
+    """`12.3 GiB`, and below a tenth of that `45 MiB`: in the units of nvidia-smi and PyTorch's own messages, here as everywhere."""
+    if 0 < abs(count) < 2**30 / 10:
+        return f"{count / 2**20:.1f} MiB" if abs(count) < 10 * 2**20 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:,.1f} GiB"
+
+
 class Screen:
     """Prints through rich. quiet: say nothing (processes other than the first)."""
 
@@ -134,7 +141,7 @@ class StepLine:
         ending = f"  {duration(left)} left" if made > 1 else ""  # a first step warms up, and tells too much
         return (
             f"loss {line['loss']:.4f}  {speeds['rows']:.1f} rows/s  {speeds['tokens']:,.0f} tokens/s "
-            f"({speeds['nodes']:,.0f} computed)  {self.memory() / 2**30:.1f} GiB{ending}"
+            f"({speeds['nodes']:,.0f} computed)  {format_bytes(self.memory())}{ending}"
         )
 
 

@@ -31,7 +31,7 @@ from weitiao.model import quantize
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, hub_id, model_folder
-from weitiao.screen import Screen, StepLine, duration
+from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.train import memory, samples
 from weitiao.train.evaluation import questions
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
