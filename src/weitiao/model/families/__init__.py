@@ -19,7 +19,12 @@ TOKENIZERS = {"ChatGLMTokenizer": "chatglm3", "ChatGLM3Tokenizer": "chatglm3", "
 
 def of_model(folder: Path) -> ModuleType | None:
     """The family of the model in `folder`, its classes registered; None where transformers knows the model itself."""
-    return _module(MODELS.get(_read(folder / "config.json").get("model_type")))
+    return named(_read(folder / "config.json").get("model_type"))
+
+
+def named(model_type: str | None) -> ModuleType | None:
+    """The family of the models that a config calls `model_type`, as `of_model`."""
+    return _module(MODELS.get(model_type))
 
 
 def of_tokenizer(folder: Path) -> ModuleType | None:
