@@ -67,7 +67,8 @@ def test_an_unknown_gpu_is_refused_with_the_nearest(text, nearest):
 
 
 @pytest.mark.parametrize(("text", "cure"), [
-    ("potato", "Give its memory instead."), ("80", "Did you mean '80GB'?"), ("", "Give its memory instead."), ("GB", "Give its memory instead."),
+    ("potato", "Give its memory instead."), ("80", "Did you mean '80GB'?"), ("", "Give its memory instead."),
+    ("GB", "Give its memory instead."),
 ])
 def test_what_is_no_gpu_at_all_is_asked_for_its_memory(text, cure):
     with pytest.raises(SettingError) as refused:
