@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path as File
 from typing import Any
 
@@ -46,7 +48,7 @@ STYLES = {
 # sign or style, what it says; with colours, without them
 LEGENDS = {
     True: (("learned", "learned"), ("stop", "learned stop"), ("given", "given"), ("special", "<special>"),
-           ("shared", "shared with an earlier row, computed once"), ("given", "underlined in turn: one token, the next")),
+           ("shared", "shared with an earlier row, computed once"), ("given", "underlined in turn: token by token")),
     False: (("given", "⟦learned⟧"), ("given", "¦ between tokens"), ("given", "⋮ shared with an earlier row, computed once")),
 }
 SIGNS = (("given", "· space"), ("given", "⏎ line break"), ("given", "→ tab"), ("given", "字₃ a character in 3 tokens"))
@@ -99,25 +101,25 @@ class Page:
         yield from self.legend()
         for paths in by_row:
             yield Text()
-            yield from self.sentence(row_header(paths, self.spelling, self.stop_id), "bold")
+            yield from self.wrapped(Text(row_header(paths, self.spelling, self.stop_id), "bold"))
             for path in paths:
                 if path.turns > 1:
-                    yield from self.sentence(turn_header(path), "italic")
+                    yield from self.wrapped(Text(turn_header(path), "italic"))
                 yield from self.path(path)
         yield Text()
-        yield from self.sentence(totals.text(), "bold")
+        yield from self.wrapped(Text(totals.text(), "bold"))
 
     def legend(self) -> Iterator[Text]:
-        line = Text()
+        lines = [Text()]
         for kind, words in (*LEGENDS[self.coloured], *SIGNS):
-            if line and line.cell_len + len(GAP) + cell_len(words) > self.width:
-                yield line
-                line = Text()
-            line.append(GAP if line else "").append(words, STYLES[kind])
-        yield line
+            if lines[-1] and lines[-1].cell_len + len(GAP) + cell_len(words) > self.width:
+                lines.append(Text())
+            lines[-1].append(GAP if lines[-1] else "").append(words, STYLES[kind])
+        for line in lines:
+            yield from self.wrapped(line)
 
-    def sentence(self, text: str, style: str) -> Iterator[Text]:
-        for line in Text(text, style).wrap(self.console, self.width):
+    def wrapped(self, text: Text) -> Iterator[Text]:
+        for line in text.wrap(self.console, self.width):
             line.rstrip()
             yield line
 
@@ -226,7 +228,8 @@ class Writer:
 
     def end_line(self) -> None:
         if self.line:
-            text = Text.assemble("▌ " if self.marked else "  ", *self.line)
+            runs = [("".join(sign for sign, _ in signs), style) for style, signs in groupby(self.line, key=itemgetter(1))]
+            text = Text.assemble("▌ " if self.marked else "  ", *runs)
             text.rstrip()
             self.finished.append(text)
         self.line, self.cells, self.marked = [], 0, False

@@ -55,6 +55,7 @@ a { color: inherit; }
 .q { background: var(--learned2); color: var(--special-ink); }
 .t { background: var(--stop); color: var(--stop-ink); }
 .path b.t { font-weight: 600; }
+.path b.k { white-space: pre; }
 .path b:hover { outline: 2px solid currentColor; }
 i { font-style: normal; opacity: .5; }
 sub { font-size: .65em; line-height: 0; color: var(--note); }
@@ -176,9 +177,10 @@ class Writer:
     def token(self, stretch: Stretch, piece: Piece, place: int) -> str:
         kind = self._kind(stretch, piece)
         odd = " o" if place % 2 and kind in ("g", "s", "l") else ""
-        count = f"<sub>{len(piece.ids)}</sub>" if len(piece.ids) > 1 else ""
-        ids = _joined(piece.ids)
-        return f'<b class="{kind}{odd}" data-id="{ids}" title="{_told(stretch, piece)}">{_shown(piece.text)}{count}</b>'
+        several, count = (" k", f"<sub>{len(piece.ids)}</sub>") if len(piece.ids) > 1 else ("", "")
+        shown = _shown(piece.text)
+        text, end = (shown[:-1], "\n") if shown.endswith("\n") else (shown, "")  # its id is told before the line ends
+        return f'<b class="{kind}{odd}{several}" data-id="{_joined(piece.ids)}" title="{_told(stretch, piece)}">{text}{count}</b>{end}'
 
     def _kind(self, stretch: Stretch, piece: Piece) -> str:
         """g, s, l: given, shared, learned. p, q, t: special and given, special and learned, the stop token learned."""
