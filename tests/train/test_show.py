@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -243,6 +244,13 @@ rows.jsonl:1 · 21 tokens, 7 learned · ends with <|im_end|>
 
 1 row: 21 nodes in the place of 21 tokens (1 / 1.00), 7 learned.
 """
+
+
+def test_no_rows_are_no_mistake(read):
+    data, template = read(pair("1", "2"))
+    assert choose(data.rows, 0) == []
+    assert without_legend(shown(replace(data, rows=[]), template)).startswith("0 rows: 0 nodes")
+    assert Page(html_page([], template, "none")).tokens == []
 
 
 def test_a_quiet_screen_shows_nothing(read, capsys):

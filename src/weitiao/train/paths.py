@@ -96,7 +96,7 @@ class Totals:
     nodes: int
 
     def text(self) -> str:
-        computed = f"{self.nodes:,} nodes in the place of {self.tokens:,} tokens (1 / {self.tokens / self.nodes:.2f})"
+        computed = f"{self.nodes:,} nodes in the place of {self.tokens:,} tokens (1 / {self.tokens / max(self.nodes, 1):.2f})"
         return f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}: {computed}, {self.learned:,} learned."
 
 

@@ -47,7 +47,7 @@ a { color: inherit; }
 .path b, .legend b { font-weight: normal; }
 .g, .s, .l, .p, .q, .t { border-radius: .2rem; padding: .12em .1em; background: var(--given); }
 .g.o { background: var(--given2); }
-.s { opacity: .6; }
+.s, .shared .p { opacity: .6; }
 .s.o { background: var(--given2); }
 .l { background: var(--learned); color: var(--learned-ink); }
 .l.o { background: var(--learned2); }
@@ -65,7 +65,7 @@ details[open] > summary { margin-bottom: .2rem; }
 .shared:not([open]):hover summary { color: var(--ink); }
 .findings p { margin: .35rem 0; overflow-wrap: anywhere; white-space: pre-line; }
 .error strong { color: var(--error); } .warning strong { color: var(--warning); }
-.ids { position: sticky; top: 0; background: var(--paper); padding: .3rem 0; color: var(--soft); font-size: .9rem; z-index: 1; }
+.ids { display: block; position: sticky; top: 0; background: var(--paper); padding: .3rem 0; color: var(--soft); font-size: .9rem; z-index: 1; }
 body:has(#ids:checked) .path b::after { content: attr(data-id); font-size: .62em; opacity: .75; margin-left: .15em; vertical-align: sub; }
 #told { position: fixed; inset: auto 0 0 0; background: var(--ink); color: var(--paper); padding: .6rem 1rem; overflow-wrap: anywhere; }
 #told:empty { display: none; }
