@@ -111,12 +111,15 @@ MORE = [
     ("utf8_as_latin", answered("donâ€™t"), "'â€™' stands for '’'"),
     ("utf8_as_latin", answered("ä½\xa0å¥½"), "stands for '你好'"),
     ("utf8_as_latin", answered("ðŸ˜€ Paris"), "stands for '😀'"),
+    ("gbk_as_latin", answered("ÖÐÎÄ"), "stands for '中文'"),
     ("utf8_as_gbk", answered("It鈥檚 Paris"), "'鈥檚' stands for '’s'"),
     ("mixed_encodings", answered("这是一个测试浣犲ソ"), "stands for '你好'"),
     ("lost_characters", answered("Par\ufffds"), "Par\ufffds"),
     ("lost_characters", answered("烫烫烫烫"), "烫烫烫烫"),
     ("invisible_characters", answered("\u202eParis"), "[U+202E]"),
     ("html", answered("Paris<br/>Lyon"), "<br/>"),
+    ("escaped_breaks", answered("第一行\\n第二行"), "第一行\\n第二行"),
+    ("repeats_prompt", answered("今天的天气怎么样今天的天气很好", "今天的天气怎么样"), "今天的天气很好"),
     ("stand_ins", answered("N/A"), "'N/A'"),
     ("json_python", answered("[{'city': 'Paris'}]"), "[{'city'"),
     ("json_cut", answered('[{"city": "Paris"}, '), '"Paris"},'),
@@ -153,12 +156,14 @@ CLEAN = [
     answered("Family 👨‍👩‍👧 and ❤️ 🇫🇷"),
     answered("E = mc², 5 × 4 ≥ ½·π"),
     answered("×××× °°°° ÀÉÈ"),
+    answered("ABCDEFGHIJKÈÉÆØÅ, ABCDEFGHIJKÕÄÖÜ, HIJK ÁÉÝÚÍÓÞÆÐÖ"),
     answered("{}"),
     answered('{"姓名": ["常建良"], "地点": []}'),
     answered("[1] See the list. {Note} it is no JSON"),
     answered("{'a' is a quotation} here" + PAD),
     answered("```python\nprint('a\\nb')\n```"),
     answered("In HTML, <br> breaks a line and &amp; is an ampersand."),
+    answered(r"The gradient is \nabla f, kept in C:\new"),
     answered("x < y and y > z; a & b; list[0] <= [1]"),
     answered("None of them is right."),
     answered("👍"),
@@ -206,7 +211,7 @@ def test_clean_rows_cost_little():
 REAL = {
     "alpaca_en/alpaca_en_demo.json": {"boilerplate": 23, "open_fence": 1},
     "alpaca_zh/ruozhiba_qa2449_gpt4o.json": {},
-    "alpaca_zh/sample_with_a_bad_row.json": {"foreign_columns": 1},
+    "alpaca_zh/sample_with_a_bad_row.json": {"foreign_columns": 1, "escaped_breaks": 1},
     "multi_turn/dummy_conversation.json": {},
     "multi_turn/sharegpt_zh_1k.jsonl": {"ends_on_human": 7, "empty_turn": 1, "many_turns": 1, "invisible_characters": 8, "no_words": 5},
     "preference/dpo_zh_500.jsonl": {"preference": 500, "lost_characters": 13, "special_tokens": 1},
@@ -243,8 +248,8 @@ def test_real_rows(file, shared):
 
 def test_real_rows_are_told_by_their_place(shared):
     rows = list(reading.read_rows(str(shared / "data" / "alpaca_zh/sample_with_a_bad_row.json")))
-    bad = [row.line for row in rows if find_all(row.fields, _converted(row, "instruction", SETTINGS))]
-    assert bad == [1196]
+    bad = {row.line: list(found) for row in rows if (found := find_all(row.fields, _converted(row, "instruction", SETTINGS)))}
+    assert bad == {22: ["escaped_breaks"], 1196: ["foreign_columns"]}
 
 
 def test_real_clean_rows_misread_are_found(shared):

@@ -248,7 +248,7 @@ def _html(read: Read) -> str | None:
     return _first(HTML, answers) if answers and "html" not in read.whole.lower() else None
 
 
-ESCAPED_BREAK = re.compile(r"(?<!\\)\\r?\\n|(?<!\\)\\n(?=[\W\d_A-Z]|$)")
+ESCAPED_BREAK = re.compile(r"(?<!\\)\\(?:r\\)?n(?![a-z])")  # no \nabla, no C:\new
 
 
 def _escaped_breaks(read: Read) -> str | None:
@@ -287,19 +287,23 @@ def _boilerplate(read: Read) -> str | None:
     return next((_beginning(a) for _, a in read.exchanges if BOILERPLATE.match(a)), None)
 
 
-LEAST_SAME, LEAST_REPEATED = 12, 24  # characters: shorter ones may well be the answer, such as a greeting
+LEAST_REPEATED = 24  # bytes, which are 8 Chinese characters: less may well be the answer, such as a greeting
 
 
 def _is_prompt(read: Read) -> str | None:
-    return next((_beginning(a) for p, a in read.exchanges if len(a) >= LEAST_SAME and a.strip() == p.strip()), None)
+    return next((_beginning(a) for p, a in read.exchanges if a[:4] == p[:4] and a.strip() == p.strip() and _is_long(p)), None)
 
 
 def _repeats_prompt(read: Read) -> str | None:
-    repeats = (
-        a for p, a in read.exchanges
-        if len(p) >= LEAST_REPEATED and len(a) > len(p) and a.startswith(p) and not a[len(p)].isalnum()
-    )
+    repeats = (a for p, a in read.exchanges if len(a) > len(p) and a.startswith(p) and _is_long(p) and not IN_A_WORD.match(a[len(p) :]))
     return next((_beginning(a) for a in repeats), None)
+
+
+IN_A_WORD = re.compile("[a-zA-Z0-9]")
+
+
+def _is_long(prompt: str) -> bool:
+    return len(prompt.encode(errors="replace")) >= LEAST_REPEATED
 
 
 def _open_fence(read: Read) -> str | None:

@@ -114,7 +114,7 @@ def _gbk_from_latin(piece: str) -> str | None:
 KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], str | None], re.Pattern[str]]] = {
     "utf8_as_latin": (re.compile(f"(?:{_SEQUENCE})+"), _from_latin, re.compile(r"[^\W\d_ÂÃâð\x00-\x7f]")),
     "utf8_as_gbk": (re.compile(f"(?:{_FROM_SIX})+|鈥."), _from_gbk, re.compile("[的一是不了在有人我他这中大来上国们个到说你]")),
-    "gbk_as_latin": (re.compile(r"(?:[\xb0-\xd7][\xa1-\xfe]){2,}"), _gbk_from_latin, re.compile("[\u0100-\U0010ffff]")),
+    "gbk_as_latin": (re.compile(r"(?<![A-Za-zÀ-ÿ])(?:[\xb0-\xd7][\xa1-\xfe]){2,}(?![À-ÿ])"), _gbk_from_latin, re.compile("[\u0100-\U0010ffff]")),
 }
 _LATIN_HINT, _GBK_HINT = re.compile(f"[\xb0-\xf4][{_FOLLOWING}\xc0-\xfe]"), re.compile(_FROM_SIX)
 

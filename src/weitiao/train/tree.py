@@ -57,10 +57,19 @@ def folder_of(settings: Any, screen: Screen) -> Path:
 
 
 def without_weights(folder: Path, settings: Settings) -> torch.nn.Module:
+    return of_config(loading.load_config(folder, settings.model), settings)
+
+
+def of_config(config: Any, settings: Settings) -> torch.nn.Module:
+    """The model that a config describes, with weights made on the device in force.
+
+    Raises:
+        SourceError: it describes no causal LM.
+    """
     from transformers import AutoModelForCausalLM
 
-    config = loading.load_config(folder, settings.model)
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise SourceError(f"{folder}/config.json describes no causal language model.", str(error).strip().splitlines()[0][:300]) from error
+        raise SourceError(f"The config of {settings.model.name} describes no causal language model.",
+                          str(error).strip().splitlines()[0][:300]) from error
