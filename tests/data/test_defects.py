@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from weitiao import config
 from weitiao.config import DataSettings
 from weitiao.data import rows as reading
 from weitiao.data.defects import DEFECTS, TABLE, find_all, shown
@@ -129,6 +130,8 @@ MORE = [
     ("boilerplate", answered("很抱歉，作为一个AI语言模型，我不知道。"), "作为一个AI语言模型"),
     ("foreign_columns", {"问题": "你好", "答案": "你好！"}, "data.columns='{question: 问题, answer: 答案}'"),
     ("foreign_columns", {"Instruction": "Hi", "Output": "Hello"}, "data.columns='{instruction: Instruction, output: Output}'"),
+    ("foreign_columns", {"指令": "你好", "回答": "你好！"}, "data.columns='{instruction: 指令, output: 回答}'"),
+    ("foreign_columns", {"instruction": "Hi", "回答": "Hello"}, "data.columns='{output: 回答}'"),
     ("foreign_columns", {"甲": "你好", "乙": "你好！"}, "甲, 乙: set data.columns='{instruction: …, output: …}'"),
     ("not_text", {"instruction": "Say", "input": ["a"], "output": "a it is"}, "input = ['a'] (list)"),
     ("ends_on_human", {"messages": [{"role": "user", "content": QUESTION}]}, QUESTION),
@@ -194,6 +197,19 @@ def test_the_same_fields_with_another_conversation_are_read_anew():
     renamed = conversation_of({"instruction": "你好", "output": "你好！"})
     assert "foreign_columns" in find_all(fields, None)
     assert find_all(fields, renamed) == {}, "data.columns has named them"
+
+
+@pytest.mark.parametrize("fields", [
+    {"指示": "你好", "输入": "", "输出": "你好！"}, {"问题": "你好", "答案": "你好！"}, {"指令": "你好", "回答": "你好！"},
+    {"instruction": "你好", "回答": "你好！"}, {"User": "你好", "Assistant": "你好！"},
+])
+def test_the_columns_that_are_offered_make_the_row_teach(fields):
+    detail = find_all(fields, None)["foreign_columns"]
+    override = detail.partition("set ")[2].replace("'", "")
+    settings = config.read(None, ["data=rows.jsonl", override]).data
+    row = Row(fields, "rows.jsonl", 1)
+    messages = convert(row, detect([row], settings), settings).messages
+    assert [message.content for message in messages] == ["你好", "你好！"]
 
 
 def test_clean_rows_cost_little():

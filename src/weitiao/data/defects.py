@@ -70,7 +70,6 @@ class Read:
             self.texts = list(_strings(list(fields.values())))
             self.exchanges = _exchanges(fields)
         self.whole = "\n".join(self.texts)
-
         self.turns = _turns(fields, conversation)
 
     def met(self) -> dict[str, str]:
@@ -197,7 +196,7 @@ def _lost(read: Read) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------- characters
 
-# name -> the characters, as a class of a pattern
+# As classes of a pattern.
 _CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f"
 _C1 = r"\x80-\x9f"
 _INVISIBLE = "\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
@@ -278,8 +277,9 @@ def _is_no_word(character: str) -> bool:
 
 BOILERPLATE = re.compile(
     r"\s*(?:(?:I'm sorry|I am sorry|Sorry|I apologize|My apologies)[,.]? (?:but )?)?"
-    r"(?:As an? (?:AI|artificial intelligence)(?: language| chat)?(?: model| assistant|bot)?(?:,| I\b| (?:developed|created|trained)\b)|I(?:'m| am) (?:just |only )?an AI language model|I am ChatGPT"
-    r"|(?:很?抱歉|对不起|非常抱歉)?[，,]?(?:作为一[个名种款]|我是一[个名种款]|我只是一[个名种款])(?:AI|人工智能|大型?语言|语言)(?:语言)?(?:模型|助手|助理))", re.IGNORECASE,
+    r"(?:As an? (?:AI|artificial intelligence)(?: language| chat)?(?: model| assistant|bot)?(?:,| I\b| (?:developed|created|trained)\b)"
+    r"|I(?:'m| am) (?:just |only )?an AI language model|I am ChatGPT"
+    r"|(?:很?抱歉|对不起|非常抱歉)?[，,]?(?:作为|我是|我只是)一[个名种款](?:AI|人工智能|大型?语言|语言)(?:语言)?(?:模型|助手|助理))", re.IGNORECASE,
 )
 
 
@@ -394,7 +394,8 @@ ALIASES = {
     "label": ("标签", "標籤", "类别", "類別", "labels", "category", "sentiment", "etiqueta"),
 }
 OURS_BY_ALIAS = {alias: ours for ours, aliases in ALIASES.items() for alias in (ours, *aliases)}
-OUR_COLUMNS = frozenset(name for kind in FORMATS.values() for columns in kind.columns for name in columns)
+PARTNERS = {"instruction": "output", "question": "answer", "prompt": "completion", "input": "output"}
+ANSWERS = ("output", "answer", "completion")
 
 
 def _foreign_columns(read: Read) -> str | None:
@@ -404,14 +405,32 @@ def _foreign_columns(read: Read) -> str | None:
         ours = OURS_BY_ALIAS.get(str(name).strip().lower())
         if ours and ours != name and ours not in columns and ours not in read.fields:
             columns[ours] = str(name)
-    names = (set(read.fields) - set(columns.values())) | set(columns)
-    if columns and any(needed <= names for kind in FORMATS.values() for needed in kind.columns if needed & set(columns)):
+    if _is_format({}, read.fields):
+        return None  # by its names it could be read; something else is wrong with it
+    if not _is_format(columns, read.fields):
+        columns = _paired(columns, read.fields)
+    if columns:
         pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
         return f"{', '.join(map(str, read.fields))}: set data.columns='{{{pairs}}}'"
     strange = [str(name) for name in read.fields if not str(name).isascii()]
-    if strange and not any(needed <= set(read.fields) for kind in FORMATS.values() for needed in kind.columns):
-        return ", ".join(strange) + ": set data.columns='{instruction: …, output: …}'"
-    return None
+    return ", ".join(strange) + ": set data.columns='{instruction: …, output: …}'" if strange else None
+
+
+def _is_format(columns: Mapping[str, str], fields: Mapping[str, Any]) -> bool:
+    """Do the names make a format, with those of `columns` in the place of theirs?"""
+    names = (set(fields) - set(columns.values())) | set(columns)
+    return any(needed <= names for kind in FORMATS.values() for needed in kind.columns)
+
+
+def _paired(columns: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, str]:
+    """A question and an answer by names of two formats (指令 and 回答), as those of one."""
+    theirs = {name: name for name in fields} | dict(columns)
+    asked = next((ours for ours in PARTNERS if ours in theirs), None)
+    answer = next((theirs[ours] for ours in ANSWERS if ours in theirs), None)
+    if asked is None or answer is None:
+        return {}
+    pair = {asked: theirs[asked], PARTNERS[asked]: answer}
+    return {ours: name for ours, name in pair.items() if ours != name}
 
 
 def _preference(read: Read) -> str | None:

@@ -167,11 +167,12 @@ def _ids_outside(fit: Fit) -> Facts | None:
     """Tokens without a row; those that `tokens.add` names get one."""
     if len(fit.tokenizer) <= fit.vocabulary:
         return None
-    added = set(fit.settings.tokens.add)
-    outside = sorted((i, token) for token, i in fit.tokenizer.get_vocab().items() if i >= fit.vocabulary and token not in added)
+    vocabulary, added = fit.tokenizer.get_vocab(), fit.settings.tokens.add
+    outside = sorted((i, token) for token, i in vocabulary.items() if i >= fit.vocabulary and token not in added)
     if not outside:
         return None
-    return {"tokens": f"{max(i for i, _ in outside) + 1:,}", "rows": f"{fit.vocabulary:,}", "outside": _listed([repr(token) for _, token in outside], 4)}
+    named = _listed([repr(token) for _, token in outside], 4)
+    return {"tokens": f"{outside[-1][0] + 1:,}", "rows": f"{fit.vocabulary:,}", "outside": named}
 
 
 def _rows_grow(fit: Fit) -> Facts | None:
@@ -331,7 +332,8 @@ def _odd_scale(fit: Fit) -> Facts | None:
     if SCALES[0] <= scale <= SCALES[1]:
         return None
     usual = 2 * (math.sqrt(method.rank) if method.rslora else method.rank)
-    return {"alpha": f"{method.alpha:g}", "rank": ("sqrt(%d)" if method.rslora else "%d") % method.rank, "scale": f"{scale:.3g}", "usual": f"{usual:.4g}"}
+    rank = f"sqrt({method.rank})" if method.rslora else str(method.rank)
+    return {"alpha": f"{method.alpha:g}", "rank": rank, "scale": f"{scale:.3g}", "usual": f"{usual:.4g}"}
 
 
 def _wide_bottleneck(fit: Fit) -> Facts | None:
@@ -454,9 +456,9 @@ FEW_STEPS = 10
 
 
 def _few_steps(fit: Fit) -> Facts | None:
-    if not fit.schedule or fit.schedule.steps >= FEW_STEPS or fit.settings.training.batch_size > fit.rows:
-        return None
     training = fit.settings.training
+    if not fit.schedule or training.steps or fit.schedule.steps >= FEW_STEPS or training.batch_size > fit.rows:
+        return None
     return {"steps": fit.schedule.steps, "rows": f"{fit.rows:,}", "batch": training.batch_size, "epochs": f"{training.epochs:g}"}
 
 
