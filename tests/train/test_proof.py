@@ -170,13 +170,13 @@ def test_weights_in_bf16_are_held_to_what_bf16_can_do(branching):
 
 
 def test_a_proof_is_made_on_few_tokens_even_where_rows_are_long():
-    from weitiao.train.proof import LONGEST, ROWS, TOKENS, _pick
+    from weitiao.train.proof import LONGEST, ROWS, TOKENS, picked
 
     rng = np.random.default_rng(0)
     rows = [example(rng.integers(4, 60, n), 1, n) for n in (10, 20, 900, 1000, 1500, 1900, 3000, 8000, 8100, 8200)]
-    picked = _pick(rows)
-    assert [len(e) for e in picked] == [10, 20, 900, 1000, 1900]
-    assert sum(map(len, picked)) <= TOKENS
+    chosen = picked(rows)
+    assert [len(e) for e in chosen] == [10, 20, 900, 1000, 1900]
+    assert sum(map(len, chosen)) <= TOKENS
     short = [example(rng.integers(4, 60, 12), 1, i) for i in range(20)] + [example(rng.integers(4, 60, 500), 1, 99)]
-    assert [len(e) for e in _pick(short)] == [12] * (ROWS - 1) + [500]
-    assert len(_pick(rows[-2:])) == 2 and LONGEST < TOKENS
+    assert [len(e) for e in picked(short)] == [12] * (ROWS - 1) + [500]
+    assert len(picked(rows[-2:])) == 2 and LONGEST < TOKENS

@@ -18,7 +18,7 @@ from rich.console import Console
 from weitiao.config import DataSettings
 from weitiao.data.dataset import load
 from weitiao.data.findings import Finding
-from weitiao.data.pieces import Spelling
+from weitiao.data.spelling import Spelling
 from weitiao.data.templates import load_template
 from weitiao.errors import RunError
 from weitiao.screen import Screen

@@ -1,4 +1,4 @@
-"""Bytes: what is free, what is used, what a node costs."""
+"""Bytes: what is free, what is used, what the parts of a run need."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # larger passes mostly cost memory, and hide progress
 LEAST_NODES = 512
-UNBOUNDED = 1 << 30
-SHARE_OF_FREE = 0.5  # the rest is for gradients, the optimizer, the head's chunk and what else runs here
 
 
 def used(device: Any) -> int:
@@ -59,23 +57,40 @@ def reset_peak(device: Any) -> None:
 
 
 class Meter:
-    """What the parts of a run (load, proof, steps, …) need at their worst, beside what was there before the model came."""
+    """What the parts of a run (load, proof, steps) need at their worst, beside what was there before the model came."""
 
     def __init__(self, device: Any):
+        give_back()
         self.device, self.before = device, used(device)
         self.peaks: dict[str, int] = {}
+        self.part_now: str | None = None
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         reset_peak(self.device)
+        self.part_now = name
         try:
             yield
         finally:
-            self.peaks[name] = max(0, peak(self.device) - self.before)
+            self.note()
+            self.part_now = None
+
+    def note(self) -> None:
+        """Read the peak of the part that is under way."""
+        if self.part_now:
+            self.peaks[self.part_now] = max(0, peak(self.device) - self.before)
 
     @property
     def worst(self) -> int:
         return max(self.peaks.values(), default=0)
+
+
+def give_back() -> None:
+    """Hand what the heap holds of freed memory back to the system, where its allocator can."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 def free(device: Any) -> int:
@@ -92,28 +107,3 @@ def device_name(device: Any) -> str:
     import platform
 
     return platform.processor() or platform.machine() or "CPU"
-
-
-def bytes_per_node(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool | None, layout: str) -> int:
-    """What one more node of a pass keeps for the backward pass, roughly.
-
-    A layer of a Llama-like model with LoRA on its linears keeps about 16 hidden vectors (norms in fp32, residuals, q, k,
-    v, attention's output) and 5 of the MLP's inner width. With checkpointing a layer keeps its input, and one layer's
-    worth is there while it is recomputed. Padded rows hold their logits besides.
-    """
-    config = model.config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    size = compute.itemsize
-    layer = (16 * hidden + 5 * inner) * size
-    kept = layers * hidden * size + layer if checkpointing else layers * layer
-    return kept + (4 * 4 * config.vocab_size if layout == "padded" else 0)
-
-
-def nodes_that_fit(per_node: int, accelerator: Any, most: int | None = None) -> int:
-    """A budget of nodes for one pass, from the memory that is free now, shared by the processes on this machine."""
-    share = SHARE_OF_FREE * free(accelerator.device)
-    if accelerator.device.type != "cuda":
-        share /= accelerator.num_processes
-    most = most or MOST_NODES.get(accelerator.device.type, MOST_NODES["cuda"])
-    return max(LEAST_NODES, min(most, int(share / per_node) // 256 * 256))

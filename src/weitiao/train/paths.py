@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from weitiao.data.dataset import TrainingRow
-from weitiao.data.pieces import Piece, Spelling, seen
+from weitiao.data.spelling import Piece, Spelling, seen
 from weitiao.trie import Example, build_with_paths
 
 Kind = Literal["shared", "given", "learned"]

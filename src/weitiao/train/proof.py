@@ -66,7 +66,7 @@ def prove(model: torch.nn.Module, examples: Sequence[Example], compute: torch.dt
         model: with its method attached and the keyword `trie` taught; not wrapped for several processes.
         compute: what it computes in; bf16 on float32 weights runs under autocast, as in training.
     """
-    examples = _pick(examples)
+    examples = picked(examples)
     few = build(examples[:LEAK_ROWS])
     trie = build(examples)
     facts = {"rows": len(examples), "nodes": len(trie), "row_tokens": sum(len(e) for e in examples)}
@@ -186,7 +186,7 @@ def _gradients(
     model.zero_grad(set_to_none=True)
 
 
-def _pick(examples: Sequence[Example]) -> list[Example]:
+def picked(examples: Sequence[Example]) -> list[Example]:
     """The shortest few, since a proof costs passes, and the longest that is bearable, since windows show only there."""
     by_length = sorted(examples, key=len)
     few = by_length[:ROWS]

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from weitiao.data.dataset import Dataset, TrainingRow
 from weitiao.data.findings import Finding
-from weitiao.data.pieces import MARKS, Piece, Spelling, visible
+from weitiao.data.spelling import MARKS, Piece, Spelling, visible
 from weitiao.data.templates import Template
 from weitiao.screen import Screen
 from weitiao.train.paths import Path, Stretch, choose, paths_of, row_header, shared_note, turn_header

@@ -12,7 +12,7 @@ from pathlib import Path as File
 
 from weitiao.data.dataset import TrainingRow
 from weitiao.data.findings import Finding
-from weitiao.data.pieces import MARKS, Piece, Spelling, seen, visible
+from weitiao.data.spelling import MARKS, Piece, Spelling, seen, visible
 from weitiao.data.templates import Template
 from weitiao.errors import RunError
 from weitiao.train.folder import write_text

@@ -312,6 +312,10 @@ def as_two_segments(plan: Plan) -> Plan:
     return replace(plan, segments=[Segment(0, first, nodes), Segment(first, nodes, nodes)])
 
 
+def segments_of(rows: Sequence[Example]) -> list[Segment]:
+    return build(rows).segments()
+
+
 def attention_flops(config: Any, segments: Sequence[Segment], prefix: int = 0) -> float:
     """Of one forward pass over all layers: 4 d for each pair of a query and a key that it sees, in each head."""
     text = config.get_text_config()

@@ -33,6 +33,7 @@ from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.train import memory, samples
+from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.evaluation import questions
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
@@ -59,6 +60,8 @@ class Job:
     accelerator: Any
     compute: torch.dtype
     obstacle: str | None
+    subject: Subject
+    planned: Plan | None
     meter: memory.Meter
 
     @property
@@ -67,15 +70,15 @@ class Job:
         return hub_id(self.settings.model.name) or str(self.base)
 
 
-def train(settings: Settings, screen: Screen | None = None, show_model: bool = False) -> RunFolder:
-    """A new run. show_model: print the model with its method attached, as torch prints it.
+def train(settings: Settings, screen: Screen | None = None, show_model: bool = False, force: bool = False) -> RunFolder:
+    """A new run. show_model: print the model with its method attached, as torch prints it. force: also if it is not to fit.
 
     Raises:
         WeitiaoError: what a user can mend; before the first step, nothing is written.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     screen = screen or default_screen()
-    job = prepare(settings, screen)
+    job = prepare(settings, screen, force)
     path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
     if job.accelerator.is_main_process:
         RunFolder.refuse_taken(path)
@@ -119,8 +122,8 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
 # ---------------------------------------------------------------------------------------------- before the first step
 
 
-def prepare(settings: Settings, screen: Screen) -> Job:
-    """Find the model, read the rows, load the weights, attach the method."""
+def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
+    """Find the model, read the rows, plan, load the weights, attach the method. force: load even what is not to fit."""
     refuse_unfit(settings.training, loading.run_dtype(settings, METHODS[settings.method.name].TRAINS_ALL))
     method = METHODS[settings.method.name]
     accelerator = make_accelerator(settings)
@@ -132,6 +135,10 @@ def prepare(settings: Settings, screen: Screen) -> Job:
     data, eval_data = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
+    subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer)
+    planned = plan_of(subject, accelerator, screen)
+    if planned and not force:
+        refuse_too_large(planned, subject, accelerator)
     screen.tell(f"Loading {settings.model.name} …")
     meter = memory.Meter(accelerator.device)
     with meter.part("load"):
@@ -144,7 +151,33 @@ def prepare(settings: Settings, screen: Screen) -> Job:
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
         loading.checkpoint_activations(model)
-    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, meter)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, subject, planned, meter)
+
+
+def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | None = None) -> Plan | None:
+    """What the run will need here; None where that cannot be told."""
+    if subject.settings.model.device_map in loading.SPREADS:
+        return None  # over several devices, as accelerate sees fit
+    try:
+        return needs(subject, Target.here(accelerator.device, accelerator.num_processes), layout)
+    except NoPlan as reason:
+        screen.tell(f"No plan of the memory: {reason}.", style="yellow")
+        return None
+
+
+def refuse_too_large(planned: Plan, subject: Subject, accelerator: Any) -> None:
+    """Told before the weights are loaded, with the nearest that fits."""
+    if planned.fits:
+        return
+    from weitiao.train.plan import nearest_fit
+
+    terms = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(planned.terms.items(), key=lambda t: -t[1])[:4])
+    nearest = nearest_fit(subject, Target.here(accelerator.device, accelerator.num_processes))
+    raise SettingError(
+        f"This run would need {format_bytes(planned.peak)} ({terms}), and {format_bytes(planned.available)} are free.",
+        f"The nearest that fits: {nearest}." if nearest else "Nothing that was tried fits: a smaller model, or shorter rows (data.max_tokens), would.",
+        "`weitiao plan` with the same settings tells more; --force trains all the same.",
+    )
 
 
 def make_accelerator(settings: Settings) -> Any:
@@ -235,12 +268,13 @@ def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
 def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     """Fill in what the settings left open, so that a run goes on elsewhere as it began here; prove the layout."""
     training = job.settings.training
-    checkpointing = settle_checkpointing(job, screen)
     layout, proof = training.layout, None
     if layout != "padded":
         layout, proof = prove_layout(job, screen)
-    per_node = memory.bytes_per_node(job.model, job.compute, checkpointing, layout)
-    budget = training.nodes_per_pass or memory.nodes_that_fit(per_node, job.accelerator)
+    if job.planned and job.planned.layout != layout:
+        job.planned = plan_of(job.subject, job.accelerator, screen, layout)
+    checkpointing = settle_checkpointing(job, screen)
+    budget = training.nodes_per_pass or (job.planned.budget if job.planned else memory.LEAST_NODES)
     name = job.settings.model.name
     filled = job.settings.model_copy(update={
         "model": job.settings.model.model_copy(update={"name": name if name in EMBEDDED else _absolute(name)}),
@@ -267,17 +301,12 @@ def found_from_anywhere(data: DataSettings, max_tokens: int) -> DataSettings:
 
 
 def settle_checkpointing(job: Job, screen: Screen) -> bool:
-    """As asked; else on where the longest row would not fit without."""
+    """As asked; else on where the plan says that the longest row would not fit without."""
     asked = job.settings.training.checkpointing
-    if asked is not None:
-        return asked
-    longest = max(len(e) for data in (job.data, job.eval_data) for row in data.rows for e in row.examples)
-    longest += loading.virtual_places(job.model)
-    per_node = memory.bytes_per_node(job.model, job.compute, False, "trie")
-    if longest <= memory.nodes_that_fit(per_node, job.accelerator, most=memory.UNBOUNDED):
-        return False
+    if asked is not None or not (job.planned and job.planned.checkpointing):
+        return bool(asked)
     loading.checkpoint_activations(job.model)
-    screen.tell(f"Activations are recomputed in the backward pass: the longest row, {longest:,} tokens, would not fit otherwise.")
+    screen.tell(f"Activations are recomputed in the backward pass: the longest row, {job.subject.longest:,} tokens, would not fit otherwise.")
     return True
 
 
@@ -434,6 +463,8 @@ def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
         "labels": job.data.labels.as_dict() if job.data.labels else None,
         "skipped": [{"where": s.where, "reason": s.reason} for s in job.data.skipped],
     })
+    if job.planned:
+        run.write_json("plan.json", {"predicted": job.planned.as_dict()})
     run.write_json("proof.json", proof.as_dict() if proof else {"passed": None, "reason": job.obstacle or "training.layout=padded"})
 
 
@@ -517,7 +548,25 @@ def finish(run: RunFolder, job: Job, training: Training, line: StepLine) -> None
         "speeds": {k: round(v, 2) for k, v in line.speeds().items()},
         "peak_memory_bytes": memory.peak(job.accelerator.device),
     })
+    if job.planned:
+        run.write_json("plan.json", {"predicted": job.planned.as_dict(), "measured": measured(job, line)})
     draw(metrics, run.path / "loss.png")
+
+
+def measured(job: Job, line: StepLine) -> dict[str, Any]:
+    """What the plan is held against: bytes beside those that were there before the model came, and seconds."""
+    job.meter.note()
+    return {"parts": job.meter.peaks, "peak": job.meter.worst, "before": job.meter.before,
+            "seconds_a_step": round(line.training / max(1, line.done - line.first_step), 3)}
+
+
+def planned_and_measured(job: Job) -> str:
+    """`2.3 GiB planned, 2.4 GiB measured (steps)`"""
+    part, found = max(job.meter.peaks.items(), key=lambda item: item[1])
+    if not job.planned:
+        return f"{format_bytes(found)} ({part})"
+    off = found / job.planned.peak - 1
+    return f"{format_bytes(job.planned.peak)} planned, {format_bytes(found)} measured ({part}): {off:+.0%}"
 
 
 def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, screen: Screen) -> None:
@@ -526,7 +575,7 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
     rows: list[tuple[str, Any]] = [
         ("loss", f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"),
         ("time", f"{duration(line.seconds)}; {speeds['rows']:.2f} rows/s, {speeds['tokens']:,.0f} tokens/s ({speeds['nodes']:,.0f} computed)"),
-        ("peak memory", f"{memory.peak(job.accelerator.device) / 2**30:.1f} GiB {job.meter.before>>20} { {k:v>>20 for k,v in job.meter.peaks.items()} }"),
+        ("memory", planned_and_measured(job)),
     ]
     if training.best:
         rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from weitiao.data.pieces import Spelling, seen, whole_characters
+from weitiao.data.spelling import Spelling, seen, whole_characters
 from weitiao.data.templates import load_template
 
 TRICKY = "它说：“是·非”\t→ {1}\r\n\n👨‍👩‍👧 naïve\u3000\u200b\u202eé \x1b[31m 𠀀"

@@ -1,0 +1,349 @@
+"""What a run will need, from config.json and the lengths of its rows: bytes term by term, time, disk; does it fit?
+
+    settings, config, rows ── schedule ── the largest pass ── trace ── bytes at the worst moment of loading, proving, a step
+                                          all passes ──────────────── time of an epoch, by the speeds of the target
+
+No weight is read or made. The same plan settles what the settings left open (nodes a pass, checkpointing), is held against
+what is measured at the end of a run, and is turned round: this much memory is there, what fits?
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from weitiao.config import Settings
+from weitiao.data.packing import padded_passes, trie_passes, trie_rows
+from weitiao.errors import WeitiaoError
+from weitiao.model import load as loading
+from weitiao.model.methods import count_parameters, method_of
+from weitiao.model.methods.method import Method
+from weitiao.train import memory
+from weitiao.train.devices import Device
+from weitiao.train.loop import Schedule
+from weitiao.train.proof import picked
+from weitiao.train.trace import TERMS, Case, Trace, attention_flops, build_model, segments_of, trace, with_layers
+from weitiao.trie import Example
+
+Paths = Sequence[Sequence[Example]]  # of each row
+
+GIB = 2**30
+FRAMEWORK = {"cpu": 96 << 20, "cuda": 32 << 20}  # libraries that load with the first step; cuBLAS' own room
+CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
+# Of what lives and dies within a step: what the heap cannot give back at once. Measured, see benchmarks/plan.md.
+SLACK = {"cpu": 0.0, "cuda": 0.05}
+MOST_STEPS = 200  # that are laid out to find the largest pass and how much is shared
+LEAST_PASS, PART_OF_PASS = 256, 4  # the smaller of the two passes that are traced
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run is to go. kind: cpu or cuda. available: bytes that it may take. bf16: has the hardware bf16?
+
+    flops: matrix products a second, by type; bandwidth: bytes a second. None where they are not known.
+    """
+
+    name: str
+    kind: str
+    available: int
+    bf16: bool = True
+    flops: dict[str, float] = field(default_factory=dict)
+    bandwidth: float | None = None
+    processes: int = 1
+
+    @classmethod
+    def of_gpu(cls, device: Device) -> Target:
+        """A kind of GPU by its data sheet; of its speeds a run reaches about half, of its bandwidth about 0.7."""
+        speeds = {"half": device.half, "single": device.single}
+        return cls(str(device), "cuda", device.memory - CONTEXT, device.bf16,
+                   {name: 0.5e12 * speed for name, speed in speeds.items() if speed}, device.bandwidth and 0.7e9 * device.bandwidth)
+
+    @classmethod
+    def here(cls, device: torch.device, processes: int = 1) -> Target:
+        """This machine, as free as it is now."""
+        share = 1 if device.type == "cuda" else processes
+        return cls(memory.device_name(device) if device.type == "cuda" else "this machine's CPU", device.type,
+                   memory.free(device) // share, device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
+                   processes=processes)
+
+    def compute(self, settings: Settings, trains_all: bool) -> torch.dtype:
+        """What a run computes in here."""
+        if loading.trains_in_half(settings.model, trains_all, settings.training.precision):
+            return torch.float16
+        if settings.training.precision != "auto":
+            return loading.PRECISIONS[settings.training.precision]
+        return torch.float32 if self.kind == "cpu" else torch.bfloat16 if self.bf16 else torch.float16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """terms: bytes at the worst moment of a step (see trace.TERMS). parts: the most bytes of each part of a run: load, proof, steps.
+
+    budget: nodes a pass; largest: nodes of the largest pass. tokens, nodes: an epoch's. seconds: of an epoch; None if no speed is known.
+    disk: bytes by what is kept. trainable, total: parameters.
+    """
+
+    target: str
+    available: int
+    compute: str
+    layout: str
+    checkpointing: bool
+    budget: int
+    largest: int
+    terms: dict[str, int]
+    parts: dict[str, int]
+    rows: int
+    steps: int
+    epochs: float
+    tokens: int
+    nodes: int
+    seconds: float | None
+    disk: dict[str, int]
+    trainable: int
+    total: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak, "fits": self.fits}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is planned. stored: in what the checkpoint holds its weights, where that is known."""
+
+    settings: Settings
+    config: Any
+    paths: Paths
+    tokenizer: Any = None
+    measured: int = 0
+
+    @functools.cached_property
+    def method(self) -> Method:
+        return method_of(self.settings, self.tokenizer)
+
+    @functools.cached_property
+    def virtual(self) -> int:
+        return self.method.virtual_tokens(self.settings.method, self.tokenizer)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(len(path) for row in self.paths for path in row) + self.virtual
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        training = self.settings.training
+        return Schedule(len(self.paths), training.batch_size, training.seed, training.epochs, training.steps)
+
+    def step(self, number: int) -> list[Example]:
+        return [path for i in self.schedule.rows_of(number) for path in self.paths[i]]
+
+    @functools.cached_property
+    def steps(self) -> list[list[Example]]:
+        """The rows of the steps that are looked at: an epoch's, or the first of them, that with most tokens among them."""
+        count = min(self.schedule.steps, self.schedule.steps_per_epoch)
+        if count <= MOST_STEPS:
+            return [self.step(n) for n in range(1, count + 1)]
+        sizes = [sum(sum(len(p) for p in self.paths[i]) for i in self.schedule.rows_of(n)) for n in range(1, count + 1)]
+        return [self.step(n) for n in sorted({*range(1, MOST_STEPS), 1 + int(np.argmax(sizes))})]
+
+    def passes(self, rows: Sequence[Example], layout: str, budget: int) -> list[list[Example]]:
+        if layout == "padded":
+            return padded_passes(rows, budget, self.virtual)
+        return trie_rows(rows, max(1, budget - self.virtual))
+
+    def nodes(self, rows: Sequence[Example], layout: str) -> int:
+        """How many places a pass of these rows has."""
+        if layout == "padded":
+            return len(rows) * (max(map(len, rows)) + self.virtual)
+        return sum(map(len, trie_passes(rows, 1 << 40))) + self.virtual
+
+
+class NoPlan(Exception):
+    """Why a model cannot be traced, in a few words."""
+
+
+def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
+    """The plan of a run on a target; what its settings leave open is settled so that it fits, if it can.
+
+    Raises:
+        NoPlan: the model cannot be built or run without numbers.
+        SettingError: the method does not suit the model.
+    """
+    asked = subject.settings.training.checkpointing
+    try:
+        layout = layout or _layout(subject, target)
+        planned = _plan(subject, target, layout, bool(asked))
+        if asked is None and not (planned.fits and planned.budget >= min(subject.longest, planned.largest)):
+            planned = _plan(subject, target, layout, True)
+        return planned
+    except WeitiaoError:
+        raise
+    except Exception as error:  # a model's own code, which may do anything
+        raise NoPlan(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}") from error
+
+
+def _layout(subject: Subject, target: Target) -> str:
+    """trie, unless something stands against it that can be seen without weights."""
+    asked = subject.settings.training.layout
+    if asked != "auto":
+        return asked
+    from weitiao.train.tree import of_config
+
+    with torch.device("meta"):
+        model = of_config(with_layers(subject.config, 1), subject.settings)
+    return "padded" if loading.trie_obstacle(model) else "trie"
+
+
+def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) -> Plan:
+    settings, method = subject.settings, subject.method
+    compute = target.compute(settings, method.TRAINS_ALL)
+    case = Case(subject.config, settings, method, compute, checkpointing, layout, target.kind, subject.tokenizer)
+    most = settings.training.nodes_per_pass or memory.MOST_NODES[target.kind]
+    worst = subject.passes(max(subject.steps, key=lambda rows: sum(map(len, rows))), layout, most)
+    rows, accumulates = max(worst, key=lambda rows: subject.nodes(rows, layout)), len(worst) > 1
+    nodes = subject.nodes(rows, layout)
+    large = trace(case, rows, accumulates)
+    small, per_node = _line(case, subject, rows, nodes, large, accumulates)
+    room = target.available / (1 + SLACK[target.kind]) - FRAMEWORK[target.kind]
+    budget = settings.training.nodes_per_pass or _budget(large.peak, nodes, per_node, room, most)
+    if budget < nodes:  # a pass must be smaller than was traced
+        worst = subject.passes([path for rows in worst for path in rows], layout, max(budget, subject.longest))
+        rows = max(worst, key=lambda rows: subject.nodes(rows, layout))
+        nodes = subject.nodes(rows, layout)
+        large = trace(case, rows, len(worst) > 1)
+    terms = _terms(large, target)
+    peak = sum(terms.values())
+    total_nodes, tokens, passes = _epoch(subject, layout, budget)
+    attached, _ = build_model(replace(case, checkpointing=False), subject.config.get_text_config().num_hidden_layers)
+    trainable, total = count_parameters(attached)
+    return Plan(
+        target.name, target.available, str(compute)[6:], layout, checkpointing, budget, nodes, terms,
+        {"load": _load(terms, total, compute, case, target), "proof": _proof(case, subject, large, terms, per_node), "steps": peak},
+        len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
+        _seconds(case, subject, target, large, rows, nodes, total_nodes, passes), _disk(settings, method, large, trainable, total),
+        trainable, total,
+    )
+
+
+def _line(case: Case, subject: Subject, rows: Sequence[Example], nodes: int, large: Trace, accumulates: bool) -> tuple[Trace, float]:
+    """(the trace of a smaller pass, bytes that one node more takes)."""
+    few = [replace(row, ids=row.ids[: max(2, len(row) // PART_OF_PASS)], weights=np.r_[0, row.weights[1 - max(2, len(row) // PART_OF_PASS):]].astype(np.float32))
+           for row in rows]
+    small = trace(case, few, accumulates)
+    there = subject.nodes(few, case.layout)
+    return small, max(1.0, (large.peak - small.peak) / max(1, nodes - there))
+
+
+def _budget(peak: int, nodes: int, per_node: float, room: float, most: int) -> int:
+    """Nodes of a pass: as many as `most`, fewer where they would not fit."""
+    fitting = nodes + (room - peak) / per_node
+    return int(max(memory.LEAST_NODES, min(most, fitting // 256 * 256)))
+
+
+def _terms(traced: Trace, target: Target) -> dict[str, int]:
+    terms = {name: traced.terms.get(name, 0) for name in TERMS}
+    if target.processes > 1:  # DDP gathers gradients in buckets of its own
+        terms["gradients"] += sum(traced.windows["optimizer"].get(name, 0) for name in ("gradients",))
+    passing = sum(terms[name] for name in ("activations", "logits", "work space"))
+    terms["framework"] = FRAMEWORK[target.kind] + round(SLACK[target.kind] * passing)
+    return {name: round(value) for name, value in terms.items() if value}
+
+
+def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, target: Target) -> int:
+    """The weights, and beside them the pages of the file that they are read from, unless they are those pages."""
+    held = terms.get("weights", 0) + terms.get("quantisation", 0) + terms.get("adapter", 0) + terms["framework"]
+    if target.kind != "cpu":
+        return held
+    stored = getattr(case.config, "dtype", None) or torch.float32
+    dtype = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, compute)
+    return held + (0 if stored is dtype and case.settings.model.quantize == "none" else total * stored.itemsize)
+
+
+def _proof(case: Case, subject: Subject, large: Trace, terms: dict[str, int], per_node: float) -> int:
+    """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
+    if case.layout != "trie":
+        return 0
+    rows = picked(subject.step(1))
+    longest = max(map(len, rows))
+    standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework"))
+    gradients = large.windows["optimizer"].get("gradients", 0)
+    config = case.config.get_text_config()
+    logits = longest * config.vocab_size * (4 + 2 * case.compute.itemsize)
+    per_row = standing + 2 * gradients + longest * per_node + logits
+    by_trie = standing + gradients + subject.nodes(rows, "trie") * per_node + large.windows["loss"].get("logits", 0)
+    return round(max(per_row, by_trie))
+
+
+def _epoch(subject: Subject, layout: str, budget: int) -> tuple[int, int, float]:
+    """(nodes, tokens, passes) of an epoch, from the steps that were looked at."""
+    tokens = sum(len(path) for row in subject.paths for path in row)
+    seen = sum(sum(map(len, rows)) for rows in subject.steps)
+    passes = [one for rows in subject.steps for one in subject.passes(rows, layout, max(budget, subject.longest))]
+    factor = tokens / max(1, seen)
+    return round(sum(subject.nodes(rows, layout) for rows in passes) * factor), tokens, len(passes) * factor
+
+
+def _seconds(
+    case: Case, subject: Subject, target: Target, traced: Trace, rows: Sequence[Example], nodes: int, total_nodes: int, passes: float,
+) -> float | None:
+    """Of an epoch: products by their speed, the rest by the bytes it moves."""
+    target = with_speeds(target, case.config, case.compute)
+    speed = target.flops.get("single" if case.compute is torch.float32 else "half")
+    if not speed or not target.bandwidth:
+        return None
+    segments = segments_of(rows) if case.layout == "trie" else None
+    factor = 4.5 if case.checkpointing else 3.5  # the backward of attention computes it again
+    pairs = attention_flops(case.config, segments, subject.virtual) * factor if segments else 0.0
+    one = (traced.work.flops + pairs) / speed + traced.work.moved / target.bandwidth
+    steps = subject.schedule.steps_per_epoch
+    return one * total_nodes / nodes + steps * (traced.stepping.flops / speed + traced.stepping.moved / target.bandwidth)
+
+
+@functools.lru_cache(maxsize=8)
+def _speeds_here(hidden: int, inner: int, dtype: torch.dtype) -> tuple[float, float]:
+    """(flops of a product of the model's own shape, bytes moved by an addition), a second, on this machine's CPU."""
+    a, b = (torch.ones(shape, dtype=dtype) for shape in ((512, hidden), (inner, hidden)))
+    x = torch.ones(1 << 23)
+
+    def best(function: Callable[[], Any], tries: int = 5) -> float:
+        took = []
+        for _ in range(tries):
+            began = time.perf_counter()
+            function()
+            took.append(time.perf_counter() - began)
+        return sorted(took)[len(took) // 2]
+
+    flops = 2 * 512 * hidden * inner / best(lambda: a @ b.T)
+    return flops, 3 * 4 * x.numel() / best(lambda: x + x)
+
+
+def with_speeds(target: Target, config: Any, compute: torch.dtype) -> Target:
+    """The same with the speeds of this machine, measured, if it is this one."""
+    if target.kind != "cpu" or target.flops:
+        return target
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    flops, bandwidth = _speeds_here(text.hidden_size, inner, compute)
+    return replace(target, flops={"single" if compute is torch.float32 else "half": flops}, bandwidth=bandwidth)
+
+
+def _disk(settings: Settings, method: Method, traced: Trace, trainable: int, total: int) -> dict[str, int]:
+    """What is kept: checkpoints with their optimizer, and what is published."""
+    learned = 4 * (total if method.FOLDER == "model" else trainable)
+    one = learned + round(traced.windows["optimizer"].get("optimizer", 0))
+    kept = settings.saving.keep + 1  # the newest is written before the oldest is taken away
+    return {"a checkpoint": one, f"{kept} checkpoints": kept * one, method.FOLDER: learned}
