@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +22,16 @@ from weitiao.data.conversation import Conversation
 from weitiao.data.formats import CannotTeach, convert, detect, row_weight
 from weitiao.data.labels import Labels, encode_labels, words_of
 from weitiao.data.rows import Row
-from weitiao.data.templates import Template
-from weitiao.data.tokens import EncodedTurn, cut_front, encode_turn, examples
+from weitiao.data.templates import Template, Turn
+from weitiao.data.tokens import EncodedTurn, cut_front, encode_prompts_alone, encode_turns, examples
 from weitiao.errors import RowError, TemplateError
 from weitiao.trie import Example
 
+if TYPE_CHECKING:
+    from weitiao.data.survey import Survey
 
 UNLIMITED = 1 << 30
+CHUNK = 256  # rows that are encoded together
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Dataset:
 def load(
     sources: Sequence[Source], settings: DataSettings, template: Template, model_limit: int, vocabulary: int, seed: int,
     max_tokens: int | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
-    task: str = "auto", labels: Labels | None = None,
+    task: str = "auto", labels: Labels | None = None, survey: Survey | None = None,
 ) -> Dataset:
     """Read, convert, encode and cut the rows of some sources.
 
@@ -101,25 +106,32 @@ def load(
         model_limit: the longest row the model takes, in tokens. vocabulary: rows of its embedding.
         max_tokens, labels: in the place of the settings' defaults, for rows that are measured as others were trained.
         progress: wraps an iterable to show how far it is.
+        survey: takes note of every row on the way, each once however often its file's share repeats it.
 
     Raises:
         RowError: nothing can be learned from any row, too many rows cannot teach, or an id is outside the embedding.
     """
-    mixed = _read(sources, settings, seed)
-    said, skipped = _converted(mixed, settings)
-    labels = labels or _labels(task, [conversation for _, conversation in said], settings, template)
-    encoded: list[tuple[Row, Conversation, list[EncodedTurn]]] = []
-    for row, conversation in progress(said, "Reading rows"):
-        try:
-            encoded.append((row, *_encode(conversation, template, model_limit, labels)))
-        except (CannotTeach, TemplateError) as reason:
-            skipped.append(Skipped(row.where, str(reason)))
-    longest = [max(_length(turn, labels) for turn in turns) for _, _, turns in encoded]
-    limit = min(max_tokens or settings.max_tokens or _usual_length(longest, labels is not None), model_limit)
+    mixed = _read(sources, settings, seed, survey)
+    said = [read_row(row, format, settings) for row, format in mixed]
+    labels = labels or _labels(task, [one.conversation for one in said if not one.reason], settings, template)
+    encoded: list[EncodedRow] = []
+    skipped: list[Skipped] = []
+    seen: set[int] = set()
+    for one in _encoded_in_chunks(progress(said, "Reading rows"), template, model_limit, labels):
+        if survey is not None and id(one.row) not in seen:
+            survey.add(one)
+            seen.add(id(one.row))
+        if one.reason:
+            skipped.append(Skipped(one.row.where, one.reason))
+        else:
+            encoded.append(one)
+    longest = [max(_length(turn, labels) for turn in one.turns) for one in encoded]
+    limit = min(max_tokens or settings.max_tokens or usual_length(longest, labels is not None), model_limit)
     cut_in_front = labels is not None and settings.cut != "end"
     kept: list[TrainingRow] = []
     cut = 0
-    for (row, conversation, turns), length in zip(encoded, longest, strict=True):
+    for one, length in zip(encoded, longest, strict=True):
+        row, conversation, turns = one.row, one.conversation, one.turns
         if length > limit and cut_in_front:
             turns = _cut_in_front(conversation, turns, template, limit, labels)
         fitting = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
@@ -140,14 +152,61 @@ def load(
     return Dataset(kept, skipped, limit, cut, labels)
 
 
-def _converted(mixed: Sequence[tuple[Row, str]], settings: DataSettings) -> tuple[list[tuple[Row, Conversation]], list[Skipped]]:
-    said, skipped = [], []
-    for row, format in mixed:
-        try:
-            said.append((row, convert(row, format, settings)))
-        except CannotTeach as reason:
-            skipped.append(Skipped(row.where, str(reason)))
-    return said, skipped
+# ------------------------------------------------------------------------------------------------- row by row
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedRow:
+    """A row on its way: as a conversation, then with what is learned of it as ids, before anything is cut.
+
+    reason: why it cannot teach, if it cannot; then there are no turns.
+    """
+
+    row: Row
+    conversation: Conversation | None
+    turns: tuple[EncodedTurn, ...] = ()
+    reason: str = ""
+
+
+def read_row(row: Row, format: str, settings: DataSettings) -> EncodedRow:
+    try:
+        return EncodedRow(row, convert(row, format, settings))
+    except CannotTeach as reason:
+        return EncodedRow(row, None, reason=str(reason))
+
+
+def encode_rows(said: Sequence[EncodedRow], template: Template, model_limit: int, classified: bool) -> list[EncodedRow]:
+    """Rows with their ids, the tokenizer called once for the first turns of all, once for the second ones, and so on.
+
+    classified: each row is a prompt alone, since its label is told by ids of its own.
+    """
+    turns: list[list[EncodedTurn]] = [[] for _ in said]
+    reasons = [one.reason for one in said]
+    going = {k: _turns_of(one.conversation, template, classified) for k, one in enumerate(said) if not one.reason}
+    while going:
+        met: dict[int, Turn] = {}
+        for k, rest in going.items():
+            try:
+                met |= {k: turn for turn in islice(rest, 1)}
+            except (CannotTeach, TemplateError) as reason:
+                reasons[k] = str(reason)
+        encode = encode_prompts_alone if classified else encode_turns
+        for k, encoded in zip(met, encode(list(met.values()), template), strict=True):
+            turns[k].append(encoded)
+        # A chat goes on up to where the model's limit ends it; one of 300 turns is not read to its end.
+        going = {k: going[k] for k in met if len(turns[k][-1]) <= model_limit}
+    return [replace(one, turns=() if reason else tuple(found), reason=reason) for one, found, reason in zip(said, turns, reasons, strict=True)]
+
+
+def _turns_of(conversation: Conversation, template: Template, classified: bool) -> Iterator[Turn]:
+    return _asked(conversation, template) if classified else template.turns(conversation)
+
+
+def _encoded_in_chunks(said: Iterable[EncodedRow], template: Template, model_limit: int, labels: Labels | None) -> Iterator[EncodedRow]:
+    said = iter(said)
+    while some := list(islice(said, CHUNK)):
+        for one in encode_rows(some, template, model_limit, labels is not None):
+            yield _labelled(one, labels) if labels and not one.reason else one
 
 
 def _labels(task: str, conversations: Sequence[Conversation], settings: DataSettings, template: Template) -> Labels | None:
@@ -166,56 +225,61 @@ def _labels(task: str, conversations: Sequence[Conversation], settings: DataSett
     return encode_labels(words, conversations[0], template, settings.label_scoring)
 
 
-def _usual_length(longest: Sequence[int], whole: bool) -> int:
+def usual_length(longest: Sequence[int], whole: bool) -> int:
     """The 99th percentile of the rows' lengths; or the longest, where rows are to stay whole, as those with labels are."""
-    if not longest:
+    if not len(longest):
         return UNLIMITED
     if whole:
-        return max(longest)
+        return int(max(longest))
     return int(np.percentile(longest, 99, method="higher"))
 
 
-def _read(sources: Sequence[Source], settings: DataSettings, seed: int) -> list[tuple[Row, str]]:
+def _read(sources: Sequence[Source], settings: DataSettings, seed: int, survey: Survey | None) -> list[tuple[Row, str]]:
     """Every row with the format of its file, mixed by the files' shares."""
     files = []
     for source in sources:
         found = list(reading.read_rows(source.path, split=source.split, name=source.subset))
         format = detect(found, settings)
-        if format == "label" and not settings.labels:
-            found = _name_labels(found, reading.label_names(source.path, split=source.split, name=source.subset))
+        names = names_of_labels(source, format, settings)
+        found = [name_label(row, names) for row in found] if names else found
+        if survey is not None:
+            survey.begin(found[:CHUNK], format)
         files.append((found, format))
     formats = {id(row): format for found, format in files for row in found}
     mixed = reading.mix([found for found, _ in files], [source.share for source in sources], seed)
     return [(row, formats[id(row)]) for row in mixed]
 
 
-def _name_labels(found: list[Row], names: dict[int, str] | None) -> list[Row]:
-    """Labels by the names that the data set itself gives them, where it does; -1 stands for none there."""
-    if not names:
-        return found
-    return [replace(row, fields=row.fields | {"label": names.get(row.fields["label"])}) for row in found]
+def names_of_labels(source: Source, format: str, settings: DataSettings) -> dict[int, str] | None:
+    """What a data set itself calls the labels 0, 1, …, where it does and data.labels does not."""
+    asked = format == "label" and not settings.labels
+    return reading.label_names(source.path, split=source.split, name=source.subset) if asked else None
 
 
-def _encode(
-    conversation: Conversation, template: Template, model_limit: int, labels: Labels | None,
-) -> tuple[Conversation, list[EncodedTurn]]:
-    """What is learned of a row, and how."""
-    if labels:
-        return _classified(conversation, template, labels)
-    return conversation, _encode_turns(conversation, template, model_limit)
+def name_label(row: Row, names: dict[int, str] | None) -> Row:
+    """A label by its name; -1 stands for none there."""
+    return replace(row, fields=row.fields | {"label": names.get(row.fields["label"])}) if names else row
 
 
-def _classified(conversation: Conversation, template: Template, labels: Labels) -> tuple[Conversation, list[EncodedTurn]]:
-    """One prompt, and the label's ids behind it."""
+def _asked(conversation: Conversation, template: Template) -> Iterator[Turn]:
+    """The one prompt of a row with a label."""
     first, *more = conversation.turns()
     if more:
         raise CannotTeach(f"{len(more) + 1} answers in one row, where one label is to be learned")
-    answer = conversation.messages[first]
-    if answer.content not in labels.words:
-        raise CannotTeach(f"its label is none of {', '.join(labels.words)}: {_short(answer.content)!r}")
-    prompt = template.prompt_ids(conversation.as_dicts(first), conversation.tools)
-    turn = EncodedTurn(prompt, labels.of(answer.content), np.zeros(0, np.int32), answer.weight)
-    return conversation, [turn]
+    yield Turn(template.render(conversation.as_dicts(first), True, conversation.tools), "", conversation.messages[first].weight)
+
+
+def _labelled(one: EncodedRow, labels: Labels) -> EncodedRow:
+    """The label's ids behind the one prompt."""
+    word = answer_of(one.conversation)
+    if word not in labels.words:
+        return replace(one, turns=(), reason=f"its label is none of {', '.join(labels.words)}: {_short(word)!r}")
+    return replace(one, turns=(replace(one.turns[0], answer=labels.of(word)),))
+
+
+def answer_of(conversation: Conversation) -> str:
+    """What is learned first: of a row with a label, its word."""
+    return conversation.messages[conversation.turns()[0]].content
 
 
 def _short(text: str, most: int = 40) -> str:
@@ -239,17 +303,6 @@ def _cut_in_front(
         return replace(turn, prompt=cut_front(turn.prompt, len(turn.prompt) - too_much, head))
 
     return [fitting(turn, place) for turn, place in zip(turns, conversation.turns())]
-
-
-def _encode_turns(conversation: Conversation, template: Template, model_limit: int) -> list[EncodedTurn]:
-    """The turns of a conversation up to where the model's limit ends it; a chat of 300 turns is not read to its end."""
-    turns = []
-    for turn in template.turns(conversation):
-        encoded = encode_turn(turn, template)
-        turns.append(encoded)
-        if len(encoded) > model_limit:
-            break
-    return turns
 
 
 def _refuse_outside(paths: Sequence[Example], vocabulary: int, where: str) -> None:

@@ -49,7 +49,25 @@ class Row:
         return _where(self.file, self.line)
 
 
-def read_rows(path: str, *, split: str = "train", name: str | None = None) -> Iterator[Row]:
+@dataclass
+class Reading:
+    """How far a reader is, and whom it tells of a row that is broken.
+
+    Args:
+        on_error: takes what would be raised; a file read by lines then goes on behind the broken line, another one ends there.
+        bytes: how much of the files read by lines is done, unpacked.
+    """
+
+    on_error: Callable[[RowError], None] | None = None
+    bytes: int = 0
+
+    def broken(self, error: RowError) -> None:
+        if self.on_error is None:
+            raise error
+        self.on_error(error)
+
+
+def read_rows(path: str, *, split: str = "train", name: str | None = None, reading: Reading | None = None) -> Iterator[Row]:
     """The rows of a source, one after the other.
 
     Args:
@@ -57,16 +75,29 @@ def read_rows(path: str, *, split: str = "train", name: str | None = None) -> It
         split: which part of a hub data set, a save_to_disk folder, or a folder whose file names say `train`, `test` ...
             A single file is read whole.
         name: the configuration (subset) of a hub data set.
+        reading: told how far it is, and of broken rows in the place of an error.
 
     Raises:
         SourceError: at once, when there is no such source.
         RowError: while reading, at the first row that is broken; or when there are no rows.
     """
+    reading = reading or Reading()
     data_set = _data_set(path, split, name)
     if data_set is not None:
         return _at_least_one(path, _numbered(path, data_set))
     files = _files(path, split)
-    return _at_least_one(path, (row for file in files for row in _read_file(file)))
+    return _at_least_one(path, (row for file in files for row in _read_file(file, reading)))
+
+
+def bytes_by_lines(path: str, split: str = "train") -> int | None:
+    """How many bytes `Reading` will count, where that is known before: plain files that are read line by line."""
+    try:
+        place = Path(path).expanduser()
+        files = _files(path, split) if place.exists() and not _is_saved(place) else []
+    except SourceError:
+        return None
+    by_lines = files and all(_suffix(file) in BY_LINE for file in files)
+    return sum(Path(file).expanduser().stat().st_size for file in files) if by_lines else None
 
 
 def label_names(path: str, split: str = "train", name: str | None = None) -> dict[int, str] | None:
@@ -258,9 +289,11 @@ JSON_NAMES = {
 # -- Files -------------------------------------------------------------------------------------------------------------
 
 
-def _read_file(file: str) -> Iterator[Row]:
+def _read_file(file: str, reading: Reading) -> Iterator[Row]:
     try:
-        yield from READERS[_suffix(file)](file)
+        yield from READERS[_suffix(file)](file, reading)
+    except RowError as error:
+        reading.broken(error)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         found = f"{file} cannot be unpacked: {error}"
         raise SourceError(found, "Expected a whole gzip file.", "Fetch it again.") from error
@@ -273,18 +306,32 @@ def _open(file: str) -> Any:
     return (gzip.open if file.lower().endswith(".gz") else open)(Path(file).expanduser(), "rb")
 
 
-def read_lines(file: str) -> Iterator[tuple[int, str]]:
+def read_lines(file: str, reading: Reading | None = None) -> Iterator[tuple[int, str]]:
     """(number, text with its line end) of a text file, told in one message where it isn't UTF-8. Only \\n ends a line; str would split at U+0085 and U+2028 inside values."""
+    for number, raw in _raw_lines(file, reading or Reading()):
+        yield number, _decode(raw, file, number)
+
+
+def _raw_lines(file: str, reading: Reading) -> Iterator[tuple[int, bytes]]:
     with _open(file) as stream:
         for number, raw in enumerate(stream, start=1):
-            yield number, _decode(raw, file, number)
+            reading.bytes += len(raw)
+            yield number, raw
 
 
-def _read_jsonl(file: str) -> Iterator[Row]:
-    return (_as_row(_parse(text, file, line), file, line) for line, text in read_lines(file) if text.strip())
+def _read_jsonl(file: str, reading: Reading) -> Iterator[Row]:
+    for line, raw in _raw_lines(file, reading):
+        try:
+            text = _decode(raw, file, line)
+            row = _as_row(_parse(text, file, line), file, line) if text.strip() else None
+        except RowError as error:
+            reading.broken(error)
+            continue
+        if row:
+            yield row
 
 
-def _read_json(file: str) -> Iterator[Row]:
+def _read_json(file: str, reading: Reading) -> Iterator[Row]:
     with _open(file) as stream:
         text = _decode(stream.read(), file, 1)
     if _holdsread_lines(text):
@@ -363,22 +410,22 @@ def _excerpt(text: str, at: int = 0, width: int = 60) -> str:
     return ("…" if start else "") + text[start:end].strip() + ("…" if end < len(text.rstrip()) else "")
 
 
-def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
+def _read_csv(file: str, reading: Reading, delimiter: str) -> Iterator[Row]:
     delimiter = _delimiter(file, delimiter)
     csv.field_size_limit(2**31 - 1)  # the default of 128 kB is less than one long conversation
     # strict: a quote that is never closed is an error, instead of one cell that swallows the rest of the file.
-    reader = csv.reader((text for _, text in read_lines(file)), delimiter=delimiter, strict=True)
+    reader = csv.reader((text for _, text in read_lines(file, reading)), delimiter=delimiter, strict=True)
     header: list[str] = []
     for line, cells in _records(reader, file):
         if not header:
             header = _checked_header(cells, file, line)
         elif len(cells) != len(header):
-            raise RowError(
+            reading.broken(RowError(
                 f"{file}:{line} has {_count(len(cells), 'cell')}, the header has {len(header)}: "
                 f"{_excerpt(delimiter.join(cells))}",
                 f"Expected {', '.join(header)}.",
                 'Put a cell that holds a separator or a line end in double quotes, and write " inside it twice.',
-            )
+            ))
         else:
             yield Row(dict(zip(header, cells, strict=True)), file, line)
 
@@ -422,13 +469,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _read_parquet(file: str) -> Iterator[Row]:
+def _read_parquet(file: str, reading: Reading) -> Iterator[Row]:
     pyarrow, parquet = _require("pyarrow", "datasets"), _require("pyarrow.parquet", "datasets")
     with _open(file) as stream, _arrow_errors(pyarrow, file):
         yield from _rows_of_batches(parquet.ParquetFile(stream).iter_batches(batch_size=1000), file)
 
 
-def _read_arrow(file: str) -> Iterator[Row]:
+def _read_arrow(file: str, reading: Reading) -> Iterator[Row]:
     pyarrow, ipc = _require("pyarrow", "datasets"), _require("pyarrow.ipc", "datasets")
     with _open(file) as stream, _arrow_errors(pyarrow, file):
         # Two layouts share the suffix: a file with an index at its end (Feather), and a stream (what datasets writes).
@@ -460,7 +507,7 @@ def _arrow_errors(pyarrow: Any, file: str) -> Iterator[None]:
 
 
 # The suffix decides. A file that is packed has the same reader, because _open unpacks it.
-READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[str, Reading], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

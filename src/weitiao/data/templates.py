@@ -119,8 +119,12 @@ class Template:
     def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts that each begin a row, as ids with one BOS at most; several at once use several cores."""
         bos = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        encoded = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
         return [np.asarray(ids if ids[:1] == bos else bos + ids, np.int32) for ids in encoded]
+
+    def encode(self, text: str) -> np.ndarray:
+        """A text that goes on where others end, as ids without a BOS."""
+        return np.asarray(self.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
 
     def turns(self, conversation: Conversation) -> Iterator[Turn]:
         """Each learned turn of a conversation, with its prompt."""

@@ -10,7 +10,7 @@ The stop token is added by id, never as text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,24 +21,43 @@ from weitiao.trie import Example
 
 @dataclass(frozen=True, eq=False)
 class EncodedTurn:
-    """A turn as ids, before anything is cut. prompt and answer int32; stop: the id that ends it; none after a label."""
+    """A turn as ids, before anything is cut. prompt and answer int32; stop: the id that ends it; none after a label.
+
+    seam: are the prompt's own ids how the text of both begins? Where not, the answer was encoded alone.
+    """
 
     prompt: np.ndarray
     answer: np.ndarray
     stop: np.ndarray
     weight: float
+    seam: bool = True
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer) + len(self.stop)
 
 
 def encode_turn(turn: Turn, template: Template) -> EncodedTurn:
-    prompt, both = template.encode_prompts([turn.prompt, turn.prompt + turn.answer])
-    if len(both) > len(prompt) and np.array_equal(both[: len(prompt)], prompt):
-        answer = both[len(prompt) :]
-    else:
-        answer = np.asarray(template.tokenizer(turn.answer, add_special_tokens=False).input_ids, np.int32)
-    return EncodedTurn(prompt, answer, np.asarray([template.stop_id], np.int32), turn.weight)
+    return encode_turns([turn], template)[0]
+
+
+def encode_turns(turns: Sequence[Turn], template: Template) -> list[EncodedTurn]:
+    """Several turns in one call of the tokenizer."""
+    texts = [text for turn in turns for text in (turn.prompt, turn.prompt + turn.answer)]
+    ids = iter(template.encode_prompts(texts))
+    return [_encoded(turn, prompt, both, template) for turn, prompt, both in zip(turns, ids, ids, strict=True)]
+
+
+def encode_prompts_alone(turns: Sequence[Turn], template: Template) -> list[EncodedTurn]:
+    """Turns whose answers are told by ids of their own: labels, which end without a stop token."""
+    none = np.zeros(0, np.int32)
+    prompts = template.encode_prompts([turn.prompt for turn in turns])
+    return [EncodedTurn(prompt, none, none, turn.weight) for turn, prompt in zip(turns, prompts, strict=True)]
+
+
+def _encoded(turn: Turn, prompt: np.ndarray, both: np.ndarray, template: Template) -> EncodedTurn:
+    seam = len(both) > len(prompt) and np.array_equal(both[: len(prompt)], prompt)
+    answer = both[len(prompt) :] if seam else template.encode(turn.answer)
+    return EncodedTurn(prompt, answer, np.asarray([template.stop_id], np.int32), turn.weight, seam)
 
 
 def cut_front(prompt: np.ndarray, most: int, head: int) -> np.ndarray:
