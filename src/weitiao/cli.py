@@ -76,6 +76,36 @@ def train(
     leave()
 
 
+@app.command(cls=TrainCommand, context_settings={"ignore_unknown_options": True})
+def check(
+    what: Annotated[list[str] | None, typer.Argument(help="A YAML file of settings; then settings such as data.max_tokens=512.", metavar="[FILE.yaml] [name=value]...")] = None,
+    model: Annotated[str | None, typer.Option(help="Short for model.name=…; its tokenizer and config.json are enough.  [default: smollm2-135m]", show_default=False)] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Short for data.train=…: the rows to check; may be given several times.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Look at the first so many rows of each file.  [default: all]", min=1, show_default=False)] = None,
+    json: Annotated[str | None, typer.Option("--json", help="Write the findings here, as JSON.", metavar="FILE")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 2 on a warning too, not on errors only.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that read.  [default: one a core, 8 at most]", min=1, show_default=False)] = None,
+) -> None:
+    """Tell what is wrong with rows and settings before a run, without loading the model."""
+    from weitiao import config
+
+    refuse_slips(what or [], "check")
+    words = join_options(what or [])
+    first = words.pop(0) if words and "=" not in words[0] else None
+    settings = config.read(first, words, **{"model.name": model, "data.train": data or None})
+    from weitiao.screen import Screen, quiet_libraries
+
+    quiet_libraries()
+    from weitiao.train import check as checking
+
+    screen = Screen()
+    report = checking.check(settings, screen, rows, workers)
+    checking.show(report, screen)
+    if json:
+        checking.write(report, Path(json))
+    raise typer.Exit(checking.exit_code(report, strict))
+
+
 def leave() -> None:
     """End one of several processes at once: gloo's threads, torn down with the interpreter, now and then abort it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -83,7 +113,7 @@ def leave() -> None:
         os._exit(0)
 
 
-def refuse_slips(words: list[str]) -> None:
+def refuse_slips(words: list[str], command: str = "train") -> None:
     """The commonest slips, told by their cure."""
     from weitiao.errors import SettingError
 
@@ -92,7 +122,7 @@ def refuse_slips(words: list[str]) -> None:
     if "=" in words or any(word.endswith("=") or word.startswith("=") for word in words):
         raise SettingError(f"Found {' '.join(words)!r} among the settings.", "Expected name=value without spaces around the =.")
     if words and "=" not in words[0] and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):
-        raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao train --data {words[0]}")
+        raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao {command} --data {words[0]}")
 
 
 def join_options(words: list[str]) -> list[str]:

@@ -77,6 +77,58 @@ class Screen:
         with Progress(*columns, console=self.console, transient=True) as bar:
             yield from bar.track(items, description=what)
 
+    def meter(self, what: str, total: int | None) -> Meter:
+        """Progress over rows whose number nobody knows before; total: bytes of their files, where that is known."""
+        return Meter(self, what, total)
+
+    def pair(self, word: str, style: str, text: str) -> None:
+        """A word in colour, and a text behind it."""
+        from rich.text import Text
+
+        self.console.print(Text.assemble((word, f"bold {style}"), ": ", text))
+
+    def indent(self, text: str, by: int = 2) -> None:
+        """A text set in from the left, however often it is broken."""
+        from rich.padding import Padding
+
+        if self.console.soft_wrap:
+            self.tell("\n".join(" " * by + line for line in text.splitlines()))
+        else:
+            self.console.print(Padding(_literal(text), (0, 0, 0, by)))
+
+
+class Meter:
+    """Rows, rows/s and the part of the files' bytes that is done: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, screen: Screen, what: str, total: int | None):
+        self.screen, self.what, self.total = screen, what, total
+        self.bar = None
+
+    def __enter__(self) -> Meter:
+        self.started = self.last_line = time.monotonic()
+        if self.screen.live:
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) if self.total else ()
+            self.bar = Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[text]}"),
+                                console=self.screen.console, transient=True, refresh_per_second=4)
+            self.task = self.bar.add_task(self.what, total=self.total, text="")
+            self.bar.start()
+        return self
+
+    def reach(self, rows: int, bytes_done: int) -> None:
+        speed = f"{rows:,} rows, {rows / max(time.monotonic() - self.started, 1e-9):,.0f} rows/s"
+        if self.bar:
+            self.bar.update(self.task, completed=bytes_done, text=speed)
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_EVERY:
+            self.last_line = time.monotonic()
+            part = f", {min(bytes_done / self.total, 1):.0%}" if self.total else ""
+            self.screen.tell(f"{self.what}: {speed}{part}")
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
 
 def _literal(text: str) -> Any:
     """Text as it stands: brackets in an answer are no markup."""

@@ -206,7 +206,7 @@ def _encoded_in_chunks(said: Iterable[EncodedRow], template: Template, model_lim
     said = iter(said)
     while some := list(islice(said, CHUNK)):
         for one in encode_rows(some, template, model_limit, labels is not None):
-            yield _labelled(one, labels) if labels and not one.reason else one
+            yield _labelled(one, labels) if labels else one
 
 
 def _labels(task: str, conversations: Sequence[Conversation], settings: DataSettings, template: Template) -> Labels | None:
@@ -218,11 +218,19 @@ def _labels(task: str, conversations: Sequence[Conversation], settings: DataSett
     if not conversations or task == "answer" or (task == "auto" and not all(c.is_label for c in conversations)):
         return None
     conversations = [c for c in conversations if len(c.turns()) == 1] or conversations
-    words = words_of(conversations, settings.labels)
+    return labels_of(words_of(conversations, settings.labels), conversations[0], settings, template)
+
+
+def labels_of(words: Sequence[str], asked: Conversation, settings: DataSettings, template: Template) -> Labels:
+    """The labels that these words are, told behind one of the rows.
+
+    Raises:
+        RowError: there is one label only, or the labels cannot be told apart.
+    """
     if len(words) < 2:
         raise RowError(f"All rows are answered with {words[0]!r}.", "Expected two labels or more to classify.",
                        "Look at the column of labels, name them all (data.labels), or learn the answers as text (task=answer).")
-    return encode_labels(words, conversations[0], template, settings.label_scoring)
+    return encode_labels(words, asked, template, settings.label_scoring)
 
 
 def usual_length(longest: Sequence[int], whole: bool) -> int:
@@ -271,10 +279,15 @@ def _asked(conversation: Conversation, template: Template) -> Iterator[Turn]:
 
 def _labelled(one: EncodedRow, labels: Labels) -> EncodedRow:
     """The label's ids behind the one prompt."""
-    word = answer_of(one.conversation)
-    if word not in labels.words:
-        return replace(one, turns=(), reason=f"its label is none of {', '.join(labels.words)}: {_short(word)!r}")
-    return replace(one, turns=(replace(one.turns[0], answer=labels.of(word)),))
+    one = refuse_unknown(one, labels.words)
+    return one if one.reason else replace(one, turns=(replace(one.turns[0], answer=labels.of(answer_of(one.conversation))),))
+
+
+def refuse_unknown(one: EncodedRow, words: Sequence[str]) -> EncodedRow:
+    """The row, or why not: its label is another than these."""
+    if one.reason or (word := answer_of(one.conversation)) in words:
+        return one
+    return replace(one, turns=(), reason=f"its label is none of {', '.join(words)}: {_short(word)!r}")
 
 
 def answer_of(conversation: Conversation) -> str:

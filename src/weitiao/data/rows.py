@@ -46,7 +46,7 @@ class Row:
     @property
     def where(self) -> str:
         """`rows.jsonl:12` where lines count, `rows.json, row 12` elsewhere."""
-        return _where(self.file, self.line)
+        return where_of(self.file, self.line)
 
 
 @dataclass
@@ -259,7 +259,7 @@ def _missing(path: str) -> SourceError:
     return SourceError(f"{path}: no such file or folder.", holds, cure + ("" if _suffix(path) else hub))
 
 
-def _where(file: str, line: int) -> str:
+def where_of(file: str, line: int) -> str:
     return f"{file}:{line}" if _suffix(file).removesuffix(".gz") in BY_LINE else f"{file}, row {line}"
 
 
@@ -274,7 +274,7 @@ def _at_least_one(path: str, rows: Iterator[Row]) -> Iterator[Row]:
 def _as_row(fields: Any, file: str, line: int) -> Row:
     if not isinstance(fields, dict):
         raise RowError(
-            f"{_where(file, line)} is {JSON_NAMES[type(fields)]}: {_excerpt(json.dumps(fields, ensure_ascii=False))}",
+            f"{where_of(file, line)} is {JSON_NAMES[type(fields)]}: {_excerpt(json.dumps(fields, ensure_ascii=False))}",
             'Expected an object with named fields, such as {"instruction": "...", "output": "..."}.',
             "Give the values names, or remove the row." + _one_list_hint(isinstance(fields, list), file, line),
         )
