@@ -21,6 +21,7 @@ import jinja2
 import numpy as np
 
 from weitiao.data.conversation import Conversation
+from weitiao.data.pieces import Pieces
 from weitiao.errors import TemplateError, nearest
 from weitiao.trie import common_prefix
 
@@ -88,6 +89,10 @@ class Template:
             return ""  # a template that wants more than one exchange
         return written.rpartition(PROBE)[2] if PROBE in written else ""
 
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return Pieces(self.tokenizer)
+
     def render(self, messages: Sequence[dict[str, str]], answer_next: bool, tools: Sequence[Any] = ()) -> str:
         """Messages as text; with answer_next, up to where the assistant's answer begins.
 
@@ -119,8 +124,7 @@ class Template:
     def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts that each begin a row, as ids with one BOS at most; several at once use several cores."""
         bos = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
-        return [np.asarray(ids if ids[:1] == bos else bos + ids, np.int32) for ids in encoded]
+        return [np.asarray(ids if ids[:1] == bos else bos + ids, np.int32) for ids in self._pieces.encode(texts)]
 
     def encode(self, text: str) -> np.ndarray:
         """A text that goes on where others end, as ids without a BOS."""

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from accelerate.utils import broadcast_object_list
 
 from weitiao import __version__
 from weitiao.config import DataSettings, Settings, Source
-from weitiao.data.dataset import Dataset, load, skipped_summary
+from weitiao.data.dataset import Dataset, load
+from weitiao.data.findings import Finding
 from weitiao.data.packing import trie_passes
+from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
 from weitiao.model import load as loading
@@ -34,7 +36,9 @@ from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.train import memory, samples
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
+from weitiao.train.check import Report, eval_settings, report, room_and_vocabulary, show_brief, template_findings
 from weitiao.train.evaluation import questions
+from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
@@ -60,6 +64,7 @@ class Job:
     accelerator: Any
     compute: torch.dtype
     obstacle: str | None
+    report: Report
     subject: Subject
     planned: Plan | None
     meter: memory.Meter
@@ -132,7 +137,8 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
     method = method_of(settings, template.tokenizer)
-    data, eval_data = read_rows(settings, method, template, model_config, screen)
+    facts = [*setting_findings(settings, template, model_config, base), *template_findings(template)]
+    data, eval_data, checked = read_rows(settings, method, template, model_config, screen, facts)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
     subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer)
@@ -151,7 +157,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
         loading.checkpoint_activations(model)
-    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, subject, planned, meter)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter)
 
 
 def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | None = None) -> Plan | None:
@@ -203,29 +209,29 @@ def accelerator_for(compute: torch.dtype, cpu: bool) -> Any:
 
 
 def read_rows(
-    settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen,
-) -> tuple[Dataset, Dataset]:
-    """(rows to learn from, rows to measure on)"""
-    room = room_beside(method.virtual_tokens(settings.method, template.tokenizer), loading.model_limit(model_config))
-    vocabulary = model_config.get_text_config().vocab_size
-    if settings.tokens.add:
-        vocabulary = max(vocabulary, len(template.tokenizer))
+    settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen, found: Sequence[Finding] = (),
+) -> tuple[Dataset, Dataset, Report]:
+    """(rows to learn from, rows to measure on, what is to be said of them, with what was found before)"""
+    room, vocabulary = room_and_vocabulary(settings, method, template, model_config)
     samples.refuse_too_long(settings, template, room)
-    facts = (settings.data, template, room, vocabulary, settings.training.seed)
-    data = load(settings.data.train, *facts, progress=screen.progress, task=settings.task)
+    facts = (template, room, vocabulary, settings.training.seed)
+    survey, measured = Survey(Facts.of(settings.data, template, vocabulary)), None
+    data = load(settings.data.train, settings.data, *facts, progress=screen.progress, task=settings.task, survey=survey)
     refuse_idle(settings, data)
     if data.labels and settings.samples.prompts:
         raise SettingError("samples.prompts are answered in words, and this run tells labels: all its rows are text and label.",
                            "Expected no prompts (samples.prompts=[]), or task=answer.",
                            "Afterwards, `weitiao generate RUN --prompt TEXT` tells the label of any text.")
+    eval_data = Dataset([])
     if settings.data.eval:
-        # Its rows count alike: a weight column is the training rows' own.
-        measured = settings.data.model_copy(update={"weight_column": None})
-        return data, load(settings.data.eval, measured, *facts[1:], max_tokens=data.max_tokens, progress=screen.progress,
-                          task=task_of(data), labels=data.labels)
-    if settings.data.eval_share and len(data) > 1:
-        return data.split(settings.data.eval_share, settings.training.seed)
-    return data, Dataset([])
+        counted = eval_settings(settings.data)
+        measured = Survey(Facts.of(counted, template, vocabulary))
+        eval_data = load(settings.data.eval, counted, *facts, max_tokens=data.max_tokens, progress=screen.progress,
+                         task=task_of(data), labels=data.labels, survey=measured)
+    checked = report(settings, survey, measured, template, room, found)
+    if not settings.data.eval and settings.data.eval_share and len(data) > 1:
+        data, eval_data = data.split(settings.data.eval_share, settings.training.seed)
+    return data, eval_data, checked
 
 
 def task_of(data: Dataset) -> str:
@@ -248,15 +254,6 @@ def refuse_idle(settings: Settings, data: Dataset) -> None:
     for name in (name for name, found in idle.items() if found):
         raise SettingError(f"{name} would do nothing on rows with {kind}.", f"Expected task={'answer' if data.labels else 'classify'} beside it.",
                            "Leave it out.")
-
-
-def room_beside(virtual_tokens: int, limit: int) -> int:
-    """What is left for a row, in tokens."""
-    room = limit - virtual_tokens
-    if virtual_tokens and room < 8:
-        raise SettingError(f"{virtual_tokens} virtual tokens leave {max(room, 0)} of the model's {limit} places for a row.",
-                           "Expected room for the rows.", "Lower method.virtual_tokens, or shorten method.text.")
-    return room
 
 
 def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
@@ -380,7 +377,7 @@ def show_job(job: Job, screen: Screen) -> None:
         ("template", job.template.name if job.template.name != "auto" else "the tokenizer's own"),
         ("rows", f"{len(job.data):,} to learn from" + (f", {len(job.eval_data):,} to measure on" if len(job.eval_data) else "")),
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
-                   f"rows of up to {job.data.max_tokens:,}" + (f", {job.data.cut} cut to it" if job.data.cut else "")),
+                   f"rows of up to {job.data.max_tokens:,}"),
         ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens, 1 / {tokens / nodes:.2f} (first {_count(steps, 'step')})"),
         ("steps", f"{schedule.steps:,}, each of {_count(min(settings.training.batch_size, len(job.data)), 'row')}; "
                   f"{schedule.steps / schedule.steps_per_epoch:.3g} times through all rows"),
@@ -389,9 +386,8 @@ def show_job(job: Job, screen: Screen) -> None:
         rows.insert(4, ("labels", class_shares(job.data)))
     if settings.tokens.add:
         rows.insert(2, ("new tokens", ", ".join(settings.tokens.add)))
-    if job.data.skipped:
-        rows.append(("skipped", f"{_count(len(job.data.skipped), 'row')} that cannot teach:\n{skipped_summary(job.data.skipped)}"))
     screen.table("", rows)
+    show_brief(job.report, screen)
     screen.tell(f"\n{trainable_summary(trainable, total)}\n")
     for note in (*quantize.dtype_notes(job.model, job.compute), *([] if screen.quiet else tokenizer_notes(job))):
         screen.tell(note, style="yellow")
@@ -465,6 +461,7 @@ def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
     })
     if job.planned:
         run.write_json("plan.json", {"predicted": job.planned.as_dict()})
+    run.write_json("check.json", job.report.as_dict())
     run.write_json("proof.json", proof.as_dict() if proof else {"passed": None, "reason": job.obstacle or "training.layout=padded"})
 
 
