@@ -1,6 +1,7 @@
 """A prompt in training is the prompt at inference, id for id; an answer ends in one known id; one BOS at most."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,24 @@ def test_where_a_template_rewrites_what_was_said_each_turn_keeps_the_prompt_it_w
         ("<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
          "<|im_start|>assistant\n<think>\n", "so</think>a2"),
     ]
+
+
+@pytest.mark.parametrize("name", ["auto", *named_templates()])
+def test_a_chat_is_written_as_apply_chat_template_writes_it(tokenizer, shared, name):
+    template = load_template(name, tokenizer)
+    rows = json.loads((shared / "data/alpaca_zh/alpaca_zh_demo.json").read_text("utf-8"))[:50]
+    chats = [[{"role": "user", "content": row["instruction"] + row["input"]}, {"role": "assistant", "content": row["output"]}] for row in rows]
+    for chat in chats:
+        for upto, answer_next in ((1, True), (2, False)):
+            expected = tokenizer.apply_chat_template(chat[:upto], chat_template=template.source, add_generation_prompt=answer_next, tokenize=False)
+            assert template.render(chat[:upto], answer_next) == expected
+
+
+def test_a_template_goes_to_another_process(tokenizer):
+    template = load_template("auto", tokenizer)
+    before = template.prompt_ids([{"role": "user", "content": "1+1?"}])
+    again = pickle.loads(pickle.dumps(template))
+    assert again.source == template.source and np.array_equal(again.prompt_ids([{"role": "user", "content": "1+1?"}]), before)
 
 
 def test_tools_reach_the_prompt():

@@ -55,6 +55,9 @@ class Pieces:
         """What a text is cut at first: the added tokens that are matched as they stand."""
         if not getattr(self.tokenizer, "is_fast", False) or getattr(self.tokenizer, "split_special_tokens", False):
             return None
+        begins = self.tokenizer.backend_tokenizer.pre_tokenizer
+        if begins and b'"first"' in begins.__getstate__():  # Metaspace's prepend_scheme: a text's first piece is another
+            return None
         added = self.tokenizer.added_tokens_decoder.values()
         if any(token.lstrip or token.rstrip or token.single_word for token in added):
             return None

@@ -5,14 +5,14 @@ with the generation prompt; the answer is what the template writes after that, u
 renders for training, evaluation and chat alike, so the two prompts cannot come apart.
 
 Templates are chat templates of transformers: the tokenizer's own by default, or a named .jinja file in `templates/`,
-rendered by the tokenizer's `apply_chat_template` in either case.
+rendered as the tokenizer's `apply_chat_template` does in either case.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,10 @@ class Template:
     stop_id: int
     begins_with_bos: bool
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What it is made of, for another process; what it has cached stays here."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def hash(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
@@ -100,15 +104,29 @@ class Template:
             TemplateError: the template refuses these messages (roles that do not alternate, say).
         """
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, add_generation_prompt=answer_next, tokenize=False,
-                tools=list(tools) or None,
-            )
+            return self._write(list(messages), answer_next, list(tools) or None)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"The template {self.name!r} is no jinja: line {error.lineno}: {error.message}.",
                                 next_step="Mend it, or choose another (data.template).") from error
         except Exception as error:  # a template raises whatever its author chose
             raise TemplateError(f"The template {self.name!r} refuses the conversation: {error}") from error
+
+    @cached_property
+    def _write(self) -> Callable[[list[dict[str, str]], bool, list[Any] | None], str]:
+        """(messages, answer next?, tools) -> text. transformers' own compiled template, without what it does around it
+        for messages of other kinds: that takes longer than the rendering."""
+        from transformers import PreTrainedTokenizerBase
+        from transformers.utils import chat_template_utils
+
+        tokenizer, compiled = self.tokenizer, getattr(chat_template_utils, "_compile_jinja_template", None)
+        if compiled and type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            template = compiled(self.source)
+            return lambda messages, answer_next, tools: template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=answer_next, **tokenizer.special_tokens_map,
+            )
+        return lambda messages, answer_next, tools: tokenizer.apply_chat_template(
+            messages, chat_template=self.source, add_generation_prompt=answer_next, tokenize=False, tools=tools,
+        )
 
     def prompt_ids(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> np.ndarray:
         """The ids that inference sends for these messages, int32 [T]."""
