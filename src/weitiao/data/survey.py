@@ -101,6 +101,7 @@ SURVEY: dict[str, Kind] = {
 
 LITTLE = 0.02  # of the tokens
 NOT_LETTERS = re.compile(r"[\W\d_]+")
+LEAST_LETTERS = 8  # of a text that is told by them: 1+1=2 and 3+5=8 have none
 MOST_CHARACTERS = 20_000  # of a conversation that are looked at
 GRAM = 5
 BINS, BANDS, ALIKE = 32, 4, 28  # 28 of 32 bytes alike: rows that share about nine of ten runs of characters
@@ -232,7 +233,7 @@ class Survey:
         noted = {
             "file": self.files.setdefault(row.file, len(self.files)), "line": row.line, "turns": len(one.turns), "weighed": self._weighed(row),
             "prompt": digest(prompt), "whole": digest(prompt, b"|", word.encode() if is_label else last.answer.tobytes()),
-            "loose": digest(said.encode()), "label": self.words.setdefault(word, len(self.words)) if is_label else -1,
+            "loose": digest(said.encode() if len(said) >= LEAST_LETTERS else prompt), "label": self.words.setdefault(word, len(self.words)) if is_label else -1,
         }
         for name, value in noted.items():
             self.columns[name].append(value)

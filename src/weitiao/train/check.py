@@ -299,9 +299,10 @@ def cure_of_cuts(lengths: Lengths, room: int, data: DataSettings) -> str:
         return f"The model takes {room:,} tokens, which hold {whole:.1%} of the rows; the longest has {most:,}. Shorten the others, or split them."
     if not data.max_tokens:
         return f"data.max_tokens={most} keeps all rows whole; the default keeps 99 % of them." if most <= room else f"data.max_tokens={room} is the most the model takes."
-    keeping = f"data.max_tokens={all_but} keeps 99 % of the rows whole" if all_but > lengths.limit else ""
-    everything = f"data.max_tokens={most} all" + ("" if keeping else " rows whole") if most <= room else f"the model takes {room:,} at most"
-    return ", ".join(part for part in (keeping, everything) if part).removeprefix(", ") + "."
+    ways = [f"data.max_tokens={all_but} keeps 99 % of the rows whole" if lengths.limit < all_but < most else "",
+            f"data.max_tokens={most} keeps all of them whole" if most <= room else f"{room} is the most the model takes"]
+    said = ", ".join(way for way in ways if way)
+    return f"{said}."
 
 
 def template_findings(template: Template) -> list[Finding]:
