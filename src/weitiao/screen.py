@@ -113,12 +113,12 @@ class Meter:
             self.bar = Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[text]}"),
                                 console=self.screen.console, transient=True, refresh_per_second=4)
             self.task = self.bar.add_task(self.what, total=self.total, text="")
-            self.bar.start()
         return self
 
     def reach(self, rows: int, bytes_done: int) -> None:
         speed = f"{rows:,} rows, {rows / max(time.monotonic() - self.started, 1e-9):,.0f} rows/s"
         if self.bar:
+            self.bar.start()  # not before: its thread is no company for a process that forks
             self.bar.update(self.task, completed=bytes_done, text=speed)
         elif time.monotonic() - self.last_line >= PLAIN_LINE_EVERY:
             self.last_line = time.monotonic()

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from weitiao.cli import app
 from weitiao.config import read
+from weitiao.data.findings import Finding
 from weitiao.errors import SourceError
 from weitiao.screen import Screen
 from weitiao.train import check as checking
@@ -185,6 +186,15 @@ def test_what_is_shown_fits_80_columns_in_chinese(command):
     assert stored["rows"] == 17 and stored["taught"] == 16 and sum(span["rows"] for span in stored["histogram"]) == 16
     kinds = {finding["kind"]: finding for finding in stored["findings"]}
     assert kinds["columns"]["where"] == ["行.jsonl:17"] and kinds["columns"]["count"] == 1
+
+
+def test_a_file_is_named_once_for_its_places():
+    def shown(count, *where):
+        return checking.places(Finding("kind", "note", "", where, "", count))
+
+    assert shown(5, "a.jsonl:4", "a.jsonl:9", "b.jsonl:9") == "a.jsonl:4, 9, b.jsonl:9, …"
+    assert shown(2, "a.json, row 4", "a.json, row 9") == "a.json, row 4, 9"
+    assert shown(1, "a.bin") == "a.bin" and shown(0) == shown(9) == ""
 
 
 def test_a_training_tells_briefly_and_keeps_the_report(model_folder, capsys):

@@ -241,7 +241,6 @@ def in_order(chunks: Iterator[tuple[list[Row], str]], surveyor: Surveyor, worker
     if workers == 1:
         yield from (surveyor(*chunk) for chunk in chunks)
         return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     # A fork has the tokenizer at once; elsewhere it is sent to each process as it starts.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(surveyor,)) as pool:
@@ -263,6 +262,7 @@ def in_order(chunks: Iterator[tuple[list[Row], str]], surveyor: Surveyor, worker
 
 def _begin(surveyor: Surveyor) -> None:
     global _surveyor
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     _surveyor = surveyor
 
 
@@ -348,11 +348,20 @@ def show(told: Report, screen: Screen) -> None:
     for finding in told.findings:
         screen.tell()
         screen.pair(finding.severity, COLOURS[finding.severity], finding.what)
-        places = ", ".join(finding.where) + (", …" if finding.count > len(finding.where) > 0 else "")
-        for text in (places, finding.cure):
+        for text in (places(finding), finding.cure):
             if text:
                 screen.indent(text)
     screen.tell(f"\n{tally_of(told)} in {rows}, {duration(told.seconds)}.")
+
+
+def places(finding: Finding) -> str:
+    """`rows.jsonl:4, 9, 12, …`: the file is named once."""
+    named, before = [], ""
+    for where in finding.where:
+        file = where[: re.search(r"\d*$", where).start()]
+        named.append(where.removeprefix(file) if file == before else where)
+        before = file
+    return ", ".join(named) + (", …" if finding.count > len(finding.where) > 0 else "")
 
 
 def tally_of(told: Report) -> str:
@@ -372,8 +381,8 @@ def show_brief(told: Report, screen: Screen, command: str = "weitiao check") -> 
     """Before a training: a line a finding, without notes."""
     serious = [finding for finding in told.findings if finding.severity != "note"]
     for finding in serious[:MOST_BRIEF]:
-        places = f" ({finding.where[0]}{', …' if finding.count > 1 else ''})" if finding.where else ""
-        screen.tell(f"{finding.severity}: {finding.what.splitlines()[0]}{places}", style=COLOURS[finding.severity])
+        first = f" ({finding.where[0]}{', …' if finding.count > 1 else ''})" if finding.where else ""
+        screen.tell(f"{finding.severity}: {finding.what.splitlines()[0]}{first}", style=COLOURS[finding.severity])
     notes = told.count("note")
     rest = len(serious) - MOST_BRIEF
     if serious or notes:
