@@ -79,8 +79,7 @@ def agree(data, survey, lengths):
     assert lengths.limit == data.max_tokens
     assert (lengths.tokens, lengths.learned) == (data.tokens, data.learned_tokens)
     assert lengths.cut == data.cut
-    skipped = sum(tally.count for tally in survey.skips.values()) + len(lengths.dropped)
-    assert skipped == len(data.skipped)
+    assert survey.skipped + len(lengths.dropped) == len(data.skipped)
     assert len(survey) - len(lengths.dropped) - len(lengths.weight_0) == len(data)
 
 
@@ -218,10 +217,11 @@ def test_clean_rows_have_no_finding(told):
     ([CLEAN[1]], "duplicates", "warning", "1 of 6 rows (16.7%) repeat an earlier one, prompt and answer: rows.jsonl:6 is rows.jsonl:2.", "rows.jsonl:6"),
     ([{"prompt": "what  is OAK", "completion": "it is a oak, tree 7"}], "near_duplicates", "note", "rows.jsonl:6 is nearly rows.jsonl:2", "rows.jsonl:6"),
     ([CLEAN[2] | {"completion": "A large tree with big leaves."}], "several_answers", "note", "rows.jsonl:6 has the prompt of rows.jsonl:3", "rows.jsonl:6"),
-    ([{"prompt": "1", "completion": "Well.<|im_end|> And more."}], "stop_inside", "warning", "the stop token inside an answer: id 2", "rows.jsonl:6"),
-    ([{"prompt": "1", "completion": " "}], "no_answer", "warning", "1 of 6 rows skipped: no answer.", "rows.jsonl:6"),
+    ([{"prompt": "1", "completion": "Well.<|im_end|> And more."}], "special_tokens", "warning", "<|im_end|>", "rows.jsonl:6"),
+    ([{"prompt": "1", "completion": None}], "no_answer", "warning", "1 of 6 rows skipped: no answer.", "rows.jsonl:6"),
     ([{"prompt": "", "completion": "x"}], "no_prompt", "warning", "1 of 6 rows skipped: an answer without a prompt.", "rows.jsonl:6"),
-    ([{"frage": "1", "antwort": "x"}], "columns", "warning", "of the first one, its columns are frage, antwort.", "rows.jsonl:6"),
+    ([{"frage": "1", "antwort": "x"}], "foreign_columns", "warning", "frage", "rows.jsonl:6"),
+    ([{"a_b": "1", "c_d": "x"}], "columns", "warning", "of the first one, its columns are a_b, c_d.", "rows.jsonl:6"),
 ])
 def test_each_planted_defect_is_told_with_its_place(told, planted, kind, severity, what, where):
     found = told([*CLEAN, *planted])
@@ -231,10 +231,10 @@ def test_each_planted_defect_is_told_with_its_place(told, planted, kind, severit
 
 
 @pytest.mark.parametrize("planted, kind, what", [
-    ([{"from": "human", "value": "1"}], "wrong_end", "the first one ends on a human turn"),
-    ([{"from": "human", "value": "1"}, {"from": "alien", "value": "2"}], "unknown_speaker", "in the first one, unknown speaker 'alien'"),
+    ([{"from": "human", "value": "1"}], "ends_on_human", "end on a turn that the assistant does not answer"),
+    ([{"from": "human", "value": "1"}, {"from": "alien", "value": "2"}], "unknown_speaker", "alien"),
     ([{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}, {"from": "human", "value": ""}, {"from": "gpt", "value": "3"}],
-     "empty_turn", "in the first one, turn 3 (user)"),
+     "empty_turn", "turn 3 of 4, by human"),
     ([], "no_turns", "a conversation without turns"),
 ])
 def test_planted_defects_of_chats(told, planted, kind, what):
@@ -244,7 +244,14 @@ def test_planted_defects_of_chats(told, planted, kind, what):
     assert set(found) == {kind} and what in found[kind].what and found[kind].where == ("rows.jsonl:4",)
 
 
-def test_rows_outside_the_embedding_and_rows_cut(told, loaded):
+def test_an_id_that_stops_inside_an_answer(plain):
+    stops = Facts(DataSettings(train="x"), stop_id=plain.encode("2")[0], bos_id=plain.encode("1")[0], vocabulary=300)
+    survey = Surveyor(stops, plain, MIB, False, (), np.zeros(0, np.uint32))([Row(pair(2, 2), "a.jsonl", 7)], "completion")
+    found = {finding.kind: finding for finding in survey.findings(survey.lengths(MIB, None), "")}
+    assert set(found) == {"stop_inside", "second_bos"} and found["stop_inside"].where == found["second_bos"].where == ("a.jsonl:7",)
+
+
+def test_rows_cut_and_rows_dropped(loaded):
     _, survey, lengths = loaded([pair(3, 50), *[pair(3, 6 + n) for n in range(9)], pair(30, 1)], max_tokens=20)
     found = {finding.kind: finding for finding in survey.findings(lengths, "Raise data.max_tokens.")}
     assert found["answer_cut"].what.startswith("1 of 11 rows (9.1%) lose the end of their answer, being longer than 20 tokens.")

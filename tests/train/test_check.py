@@ -42,7 +42,7 @@ def checked(without_weights):
     def checked(rows, workers=1, most=None, **settings):
         if isinstance(rows, list):
             rows = write("rows.jsonl", rows)
-        given = {"model.name": str(without_weights), "data.train": rows, "data.max_tokens": settings.pop("max_tokens", 200)}
+        given = {"model.name": str(without_weights), "data.train": rows, "data.max_tokens": settings.pop("max_tokens", 200), "training.batch_size": 2}
         settings = read(None, [f"{name}={value}" for name, value in settings.items()], **given)
         return checking.check(settings, Screen(quiet=True), most, workers)
 
@@ -52,7 +52,7 @@ def checked(without_weights):
 @pytest.fixture
 def command(without_weights):
     def command(*words):
-        return CliRunner().invoke(app, ["check", "--model", str(without_weights), *words])
+        return CliRunner().invoke(app, ["check", "--model", str(without_weights), *words, "training.batch_size=2"])
 
     return command
 
@@ -179,13 +179,14 @@ def test_errors_end_with_2_and_warnings_if_strict(command):
 
 
 def test_what_is_shown_fits_80_columns_in_chinese(command):
-    rows = [{"prompt": f"请介绍{word}。", "completion": f"{word}是一种树。"} for word in WORDS] + [{"问题的内容": "树", "回答的内容": "是"}]
+    rows = [{"prompt": f"请介绍{word}。", "completion": f"{word}是一种树。"} for word in WORDS] + [{"树的内容": "树", "林的内容": "是"}]
     done = command("--data", write("行.jsonl", rows), "--json", "found.json")
-    assert "warning: 1 of 17 rows skipped: columns unlike the file's others" in done.stdout and "问题的内容" in done.stdout and "行.jsonl:17" in done.stdout
+    assert "warning: 1 of 17 rows " in done.stdout and "树的内容" in done.stdout and "行.jsonl:17" in done.stdout
     stored = json.loads(open("found.json", encoding="utf-8").read())
     assert stored["rows"] == 17 and stored["taught"] == 16 and sum(span["rows"] for span in stored["histogram"]) == 16
     kinds = {finding["kind"]: finding for finding in stored["findings"]}
-    assert kinds["columns"]["where"] == ["行.jsonl:17"] and kinds["columns"]["count"] == 1
+    assert kinds["foreign_columns"]["where"] == ["行.jsonl:17"] and kinds["foreign_columns"]["count"] == 1
+    assert kinds["too_many_skipped"]["what"] == "1 of 17 rows (5.9%) cannot teach, and data.bad_share allows 5%." and done.exit_code == 2
 
 
 def test_a_file_is_named_once_for_its_places():
@@ -201,14 +202,14 @@ def test_a_training_tells_briefly_and_keeps_the_report(model_folder, capsys):
     from weitiao.train.train import train
 
     rows = write("rows.jsonl", [*CLEAN * 2, {"prompt": "1", "completion": ""}])
-    settings = read(None, ["training.steps=1", "method.rank=2", "training.layout=padded", "data.max_tokens=200"],
+    settings = read(None, ["training.steps=1", "training.batch_size=2", "training.layout=padded", "data.max_tokens=200"],
                     **{"model.name": str(model_folder), "data.train": rows, "output": "run"})
     train(settings)
     shown = capsys.readouterr().out
     assert "warning: 16 of 33 rows (48.5%) repeat an earlier one" in shown and "warning: 1 of 33 rows skipped: no answer. (rows.jsonl:33)" in shown
     assert "weitiao check" in shown
     stored = json.loads(open("run/check.json", encoding="utf-8").read())
-    assert {finding["kind"] for finding in stored["findings"]} == {"duplicates", "no_answer"}
+    assert {"duplicates", "no_answer"} <= {finding["kind"] for finding in stored["findings"]}
     assert (stored["rows"], stored["taught"]) == (33, 32)
 
 
@@ -219,7 +220,7 @@ def test_a_real_bad_row(checked, shared):
     file = shared / "data/alpaca_zh/sample_with_a_bad_row.json"
     report = checked(str(file), max_tokens=None)
     found = by_kind(report)
-    assert found["columns"].where == (f"{file}, row 1196",) and "指示, 输入, 输出" in found["columns"].what
+    assert found["foreign_columns"].where == (f"{file}, row 1196",) and "指示" in found["foreign_columns"].what
     assert found["no_answer"].where == (f"{file}, row 243",)
     assert report.rows == 1517 and report.workers == 1
 
@@ -227,7 +228,7 @@ def test_a_real_bad_row(checked, shared):
 def test_real_long_and_broken_chats(checked, shared):
     report = checked(str(shared / "data/multi_turn/sharegpt_zh_1k.jsonl"), max_tokens=None)
     found = by_kind(report)
-    assert found["wrong_end"].count == 7 and found["wrong_end"].where[0].endswith(":119")
+    assert found["ends_on_human"].count == 7 and found["ends_on_human"].where[0].endswith(":119") and "wrong_end" not in found
     assert found["empty_turn"].count == 1 and report.rows == 1000
     assert found["chat_cut"].count + found["answer_cut"].count > 500  # the tiny model takes 256 tokens
 

@@ -25,7 +25,7 @@ import numpy as np
 from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation
 from weitiao.data.dataset import EncodedRow, answer_of, encode_rows, read_row, refuse_unknown, usual_length
-from weitiao.data.defects import DEFECTS
+from weitiao.data.defects import DEFECTS, find_all
 from weitiao.data.findings import MOST_PLACES, Finding, Kind, Severity, Tally
 from weitiao.data.formats import row_weight
 from weitiao.data.labels import Labels
@@ -57,6 +57,11 @@ SKIPS: dict[str, tuple[str, Kind]] = {
     "The template": ("refused_by_template", _skipped("refused by the chat template. {detail}.",
                      "Let the roles come as the template wants them, mostly user and assistant in turn, or choose another one (data.template).")),
 }
+# What a look at the row's fields has said better, with the row's place.
+SAID_BY_DEFECTS = {
+    "ends on": {"ends_on_human"}, "unknown speaker": {"unknown_speaker"}, "its columns are": {"foreign_columns", "preference"},
+    "half of a surrogate": {"lone_surrogates"},
+}
 CANNOT_TEACH = ("cannot_teach", _skipped("{detail}.", "Mend or remove these rows."))
 
 SURVEY: dict[str, Kind] = {
@@ -84,7 +89,6 @@ SURVEY: dict[str, Kind] = {
                        "Take it out of the rows' text, or out of the template (data.template)."),
     "stop_inside": Kind("warning", "{count} of {rows} rows with the stop token inside an answer: {detail}. The model learns to end there, and to go on.",
                         "Take the text of that token out of the answers."),
-    "empty_turn": Kind("warning", "{count} of {rows} rows with a turn that has no text; {detail}.", "Write the turn, or remove it. An empty answer is not learned."),
     "seam": Kind("note", "In {count} of {rows} rows ({share}) prompt and answer, encoded together, would merge across the seam. "
                          "The answer is encoded alone, as it will be generated.", "Nothing has to be done. A template whose prompts end in a line end avoids it."),
     "unbalanced": Kind("warning", "Labels out of balance: {detail}.",
@@ -186,7 +190,7 @@ class Survey:
     def __init__(self, facts: Facts, frequent: np.ndarray | None = None):
         self.facts = facts
         self.frequent = np.zeros(0, np.uint32) if frequent is None else frequent
-        self.rows = 0
+        self.rows = self.skipped = 0
         self.files: dict[str, int] = {}
         self.words: dict[str, int] = {}
         self.columns = {name: array(code) for name, code in (self.ROWS | self.TURNS).items()}
@@ -212,15 +216,17 @@ class Survey:
     def add(self, one: EncodedRow) -> None:
         row, conversation = one.row, one.conversation
         self.rows += 1
-        for name, defect in DEFECTS.items():
-            detail = defect.find(row.fields, conversation)
-            if detail is not None:
-                self.tallies[name].add(row.where, detail)
+        met = find_all(row.fields, conversation)
+        for name, detail in met.items():
+            self.tallies[name].add(row.where, detail)
         if one.reason:
-            self.skips[next((words for words in SKIPS if one.reason.startswith(words)), "")].add(row.where, one.reason)
+            self.skipped += 1
+            words = next((words for words in SKIPS if one.reason.startswith(words)), "")
+            if not met.keys() & SAID_BY_DEFECTS.get(words, set()):
+                self.skips[words].add(row.where, one.reason)
             return
         self._note(one, row, conversation)
-        self._look(one, row, conversation)
+        self._look(one, row, "special_tokens" in met)
 
     def _note(self, one: EncodedRow, row: Row, conversation: Conversation) -> None:
         """The numbers of a row that can teach."""
@@ -248,8 +254,8 @@ class Survey:
             self.tallies["weight"].add(row.where, error.found)
             return True
 
-    def _look(self, one: EncodedRow, row: Row, conversation: Conversation) -> None:
-        """Defects that show in the ids."""
+    def _look(self, one: EncodedRow, row: Row, marked: bool) -> None:
+        """Defects that show in the ids. marked: its text was seen to hold special tokens, and is told so."""
         facts, last = self.facts, one.turns[-1]
         highest = max(int(ids.max()) for ids in (last.prompt, last.answer, last.stop) if len(ids)) if len(last.prompt) + len(last.answer) else 0
         if highest >= facts.vocabulary:
@@ -258,11 +264,8 @@ class Survey:
             self.tallies["second_bos"].add(row.where)
         if not all(turn.seam for turn in one.turns):
             self.tallies["seam"].add(row.where)
-        if len(last.stop) and any((turn.answer == facts.stop_id).any() for turn in one.turns):
+        if len(last.stop) and not marked and any((turn.answer == facts.stop_id).any() for turn in one.turns):
             self.tallies["stop_inside"].add(row.where, f"id {facts.stop_id}")
-        empty = next((i for i, m in enumerate(conversation.messages, 1) if not m.content.strip()), None)
-        if empty:
-            self.tallies["empty_turn"].add(row.where, f"in the first one, turn {empty} ({conversation.messages[empty - 1].role})")
 
     def merge(self, later: Survey) -> None:
         """The same with rows that come after these."""
@@ -274,6 +277,7 @@ class Survey:
             self.columns[name].frombytes(values.astype(_dtype(column)).tobytes())
         self.sketches += later.sketches
         self.rows += later.rows
+        self.skipped += later.skipped
         self.asked = self.asked or later.asked
         for mine, theirs in ((self.tallies, later.tallies), (self.skips, later.skips)):
             for name, tally in theirs.items():
@@ -352,7 +356,7 @@ class Survey:
 
     def _too_many(self, lengths: Lengths) -> list[Finding | None]:
         """What the training refuses."""
-        lost = sum(tally.count for tally in self.skips.values()) + len(lengths.dropped)
+        lost = self.skipped + len(lengths.dropped)
         settings = self.facts.settings
         if self.rows and len(self) == len(lengths.dropped) + len(lengths.weight_0):
             return [self._of_all("nothing_to_learn", True, "")]

@@ -7,6 +7,7 @@ Rows are streamed: a few chunks are in memory at a time, and what is kept of a r
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -48,8 +49,6 @@ CHECKS: dict[str, Kind] = {
     "broken_row": Kind("error", "{count} broken places in the rows' files. {detail}", ""),
     "unknown_columns": Kind("error", "No format fits. {detail}", ""),
     "labels": Kind("error", "{detail}", ""),
-    "split_stop": Kind("note", "The token that ends an answer is {detail} when its text is encoded. weitiao adds it by its id; another program that "
-                               "writes it as text would teach no end.", "Nothing has to be done here. Elsewhere, make it a special token of the tokenizer."),
 }
 
 
@@ -103,14 +102,13 @@ def check(settings: Settings, screen: Screen, rows: int | None = None, workers: 
     model_config = loading.load_config(folder, settings.model)
     template = load_template(settings.data.template, loading.load_tokenizer(folder, settings.model))
     room, vocabulary = room_and_vocabulary(settings, method_of(settings, template.tokenizer), template, model_config)
-    findings = [*setting_findings(settings, template, model_config, folder), *template_findings(template)]
     reader = Reader(settings, template, room, vocabulary, screen, rows, workers)
     survey = reader.survey(settings.data.train, settings.data)
     measured = None
     if settings.data.eval:
         told = tuple(sorted(survey.words)) if reader.classified else ()
         measured = reader.survey(settings.data.eval, eval_settings(settings.data), told)
-    findings += reader.findings()
+    findings = [*reader.findings(), *setting_findings(settings, template, model_config, None if rows else len(survey))]
     return report(settings, survey, measured, template, room, findings, time.monotonic() - begun, reader.used)
 
 
@@ -263,6 +261,7 @@ def in_order(chunks: Iterator[tuple[list[Row], str]], surveyor: Surveyor, worker
 def _begin(surveyor: Surveyor) -> None:
     global _surveyor
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    gc.freeze()  # nor does each go through, and so copy, what they share of the memory
     _surveyor = surveyor
 
 
@@ -303,13 +302,6 @@ def cure_of_cuts(lengths: Lengths, room: int, data: DataSettings) -> str:
             f"data.max_tokens={most} keeps all of them whole" if most <= room else f"{room} is the most the model takes"]
     said = ", ".join(way for way in ways if way)
     return f"{said}."
-
-
-def template_findings(template: Template) -> list[Finding]:
-    text = template.tokenizer.decode([template.stop_id])
-    pieces = len(template.encode(text))
-    tally = Tally(int(pieces != 1), [], f"{text!r}, id {template.stop_id}, but {pieces} ids")
-    return [tally.finding("split_stop", CHECKS["split_stop"], 0)] if tally.count else []
 
 
 def of_error(kind: str, error: RowError) -> Finding:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from accelerate.utils import broadcast_object_list
 from weitiao import __version__
 from weitiao.config import DataSettings, Settings, Source
 from weitiao.data.dataset import Dataset, load
-from weitiao.data.findings import Finding
 from weitiao.data.packing import trie_passes
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
@@ -36,7 +35,7 @@ from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.train import memory, samples
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
-from weitiao.train.check import Report, eval_settings, report, room_and_vocabulary, show_brief, template_findings
+from weitiao.train.check import Report, eval_settings, report, room_and_vocabulary, show_brief
 from weitiao.train.evaluation import questions
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
@@ -137,8 +136,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
     method = method_of(settings, template.tokenizer)
-    facts = [*setting_findings(settings, template, model_config, base), *template_findings(template)]
-    data, eval_data, checked = read_rows(settings, method, template, model_config, screen, facts)
+    data, eval_data, checked = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
     subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer)
@@ -209,9 +207,9 @@ def accelerator_for(compute: torch.dtype, cpu: bool) -> Any:
 
 
 def read_rows(
-    settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen, found: Sequence[Finding] = (),
+    settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen,
 ) -> tuple[Dataset, Dataset, Report]:
-    """(rows to learn from, rows to measure on, what is to be said of them, with what was found before)"""
+    """(rows to learn from, rows to measure on, what is to be said of them and of the settings)"""
     room, vocabulary = room_and_vocabulary(settings, method, template, model_config)
     samples.refuse_too_long(settings, template, room)
     facts = (template, room, vocabulary, settings.training.seed)
@@ -228,7 +226,7 @@ def read_rows(
         measured = Survey(Facts.of(counted, template, vocabulary))
         eval_data = load(settings.data.eval, counted, *facts, max_tokens=data.max_tokens, progress=screen.progress,
                          task=task_of(data), labels=data.labels, survey=measured)
-    checked = report(settings, survey, measured, template, room, found)
+    checked = report(settings, survey, measured, template, room, setting_findings(settings, template, model_config, len(data)))
     if not settings.data.eval and settings.data.eval_share and len(data) > 1:
         data, eval_data = data.split(settings.data.eval_share, settings.training.seed)
     return data, eval_data, checked
