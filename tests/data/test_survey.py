@@ -305,7 +305,7 @@ def reviews(labels):
 def test_labels_out_of_balance_and_in_blocks(told):
     assert told(reviews("34" * 20)) == {}
     found = told(reviews("3" * 20 + "4" * 20))
-    assert set(found) == {"label_blocks"} and "it changes 1 times" in found["label_blocks"].what
+    assert set(found) == {"label_blocks"} and "changes of label from row to row: 1," in found["label_blocks"].what
     found = told(reviews("3333433333" * 4))
     assert set(found) == {"unbalanced"} and found["unbalanced"].what == "Labels out of balance: 3 90.0%, 4 10.0%."
 

@@ -235,5 +235,5 @@ def test_real_long_and_broken_chats(checked, shared):
 
 def test_real_labels_in_blocks(checked, shared):
     found = by_kind(checked(str(shared / "data/rotten_tomatoes/train.jsonl"), max_tokens=None, **{"data.labels": "['3', '4']"}))
-    assert found["label_blocks"].severity == "note" and "it changes 1 times" in found["label_blocks"].what
+    assert found["label_blocks"].severity == "note" and "changes of label from row to row: 1," in found["label_blocks"].what
     assert "unbalanced" not in found

@@ -409,7 +409,7 @@ class Survey:
         is_unbalanced = most > 4 * least or least < min(0.05, 0.5 / len(counts)) * rows
         return [
             self._of_all("unbalanced", is_unbalanced, shares),
-            self._of_all("label_blocks", is_sorted, f"from row to row it changes {changes} times, where {by_chance:,.0f} would be chance"),
+            self._of_all("label_blocks", is_sorted, f"changes of label from row to row: {changes}, by chance {by_chance:,.0f}"),
         ]
 
     def beside(self, train: Survey) -> list[Finding | None]:
