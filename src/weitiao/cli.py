@@ -106,6 +106,36 @@ def check(
     raise typer.Exit(checking.exit_code(report, strict))
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    what: Annotated[list[str] | None, typer.Argument(help="A YAML file of settings; then settings such as method=full.", metavar="[FILE.yaml] [name=value]...")] = None,
+    model: Annotated[str | None, typer.Option(help="Short for model.name=…; a config.json, or the id of a well-known model, is enough.  [default: smollm2-135m]", show_default=False)] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Short for data.train=…: the rows to learn from.  [default: made-up ones]", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Without rows: how long each is.  [default: 512]", min=8, show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(help="Without rows: how many.  [default: 1,000]", min=1, show_default=False)] = None,
+    gpu: Annotated[str | None, typer.Option(help="For a GPU by name (4090, a100-40, …) or size (24GB).  [default: what is here]", show_default=False)] = None,
+    memory: Annotated[str | None, typer.Option(help="So much is there, such as 8GB: list what fits, best first.", show_default=False)] = None,
+    json: Annotated[str | None, typer.Option("--json", help="Write the plan here, as JSON.", metavar="FILE")] = None,
+) -> None:
+    """Tell what a run will need, memory term by term, time and disk; without loading the model."""
+    from weitiao import config
+
+    refuse_slips(what or [], "plan")
+    words = join_options(what or [])
+    first = words.pop(0) if words and "=" not in words[0] else None
+    values = config.gather(first, words, **{"model.name": model, "data.train": data or None})
+    if not config.names_rows(values):
+        values |= {"data": {**(values.get("data") or {}), "train": "none"}}
+    settings = config.parse(values)
+    from weitiao.screen import Screen, quiet_libraries
+
+    quiet_libraries()
+    from weitiao.train import plan as planning
+
+    planned = planning.plan(settings, Screen(), tokens, rows, gpu, memory, json)
+    raise typer.Exit(0 if planned.fits else 2)
+
+
 def leave() -> None:
     """End one of several processes at once: gloo's threads, torn down with the interpreter, now and then abort it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

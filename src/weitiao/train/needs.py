@@ -37,10 +37,12 @@ Paths = Sequence[Sequence[Example]]  # of each row
 GIB = 2**30
 FRAMEWORK = {"cpu": 96 << 20, "cuda": 32 << 20}  # libraries that load with the first step; cuBLAS' own room
 CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
-# Of what lives and dies within a step: what the heap cannot give back at once. Measured, see benchmarks/plan.md.
-SLACK = {"cpu": 0.0, "cuda": 0.05}
+# Of what lives and dies within a step: what an allocator may keep beside it for the next one (PyTorch's on a GPU; a heap of glibc's
+# kept 5 % to 58 %, see benchmarks/plan.md). A CPU's can be told to give back at once, which costs time: memory.give_back_at_once.
+KEEPS = {"cpu": 0.6, "cuda": 0.08}
+PASSING = ("activations", "logits", "work space")
 MOST_STEPS = 200  # that are laid out to find the largest pass and how much is shared
-LEAST_PASS, PART_OF_PASS = 256, 4  # the smaller of the two passes that are traced
+PART_OF_PASS = 4  # of each row's tokens, what the smaller of the two passes that are traced takes
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Target:
     flops: dict[str, float] = field(default_factory=dict)
     bandwidth: float | None = None
     processes: int = 1
+    gives_back: bool = False
 
     @classmethod
     def of_gpu(cls, device: Device) -> Target:
@@ -71,7 +74,7 @@ class Target:
         share = 1 if device.type == "cuda" else processes
         return cls(memory.device_name(device) if device.type == "cuda" else "this machine's CPU", device.type,
                    memory.free(device) // share, device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
-                   processes=processes)
+                   processes=processes, gives_back=device.type == "cpu" and memory.gives_back())
 
     def compute(self, settings: Settings, trains_all: bool) -> torch.dtype:
         """What a run computes in here."""
@@ -86,7 +89,7 @@ class Target:
 class Plan:
     """terms: bytes at the worst moment of a step (see trace.TERMS). parts: the most bytes of each part of a run: load, proof, steps.
 
-    budget: nodes a pass; largest: nodes of the largest pass. tokens, nodes: an epoch's. seconds: of an epoch; None if no speed is known.
+    kept: bytes that the allocator may keep beside them; gives_back: is it told not to? budget: nodes a pass; largest: nodes of the largest pass. tokens, nodes: an epoch's. seconds: of an epoch; None if no speed is known.
     disk: bytes by what is kept. trainable, total: parameters.
     """
 
@@ -99,6 +102,8 @@ class Plan:
     largest: int
     terms: dict[str, int]
     parts: dict[str, int]
+    kept: int
+    gives_back: bool
     rows: int
     steps: int
     epochs: float
@@ -115,7 +120,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.available
+        return self.peak + self.kept <= self.available
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"peak": self.peak, "fits": self.fits}
@@ -187,7 +192,10 @@ def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
     try:
         layout = layout or _layout(subject, target)
         planned = _plan(subject, target, layout, bool(asked))
-        if asked is None and not (planned.fits and planned.budget >= min(subject.longest, planned.largest)):
+        if not planned.fits and target.kind == "cpu" and not target.gives_back:
+            target = replace(target, gives_back=True)
+            planned = _plan(subject, target, layout, bool(asked))
+        if not planned.fits and asked is None:
             planned = _plan(subject, target, layout, True)
         return planned
     except WeitiaoError:
@@ -218,7 +226,9 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     nodes = subject.nodes(rows, layout)
     large = trace(case, rows, accumulates)
     small, per_node = _line(case, subject, rows, nodes, large, accumulates)
-    room = target.available / (1 + SLACK[target.kind]) - FRAMEWORK[target.kind]
+    keeps = 0.0 if target.gives_back else KEEPS[target.kind]
+    standing = large.peak - per_node * nodes
+    room = (target.available - FRAMEWORK[target.kind] + keeps * standing) / (1 + keeps)
     budget = settings.training.nodes_per_pass or _budget(large.peak, nodes, per_node, room, most)
     if budget < nodes:  # a pass must be smaller than was traced
         worst = subject.passes([path for rows in worst for path in rows], layout, max(budget, subject.longest))
@@ -233,7 +243,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     return Plan(
         target.name, target.available, str(compute)[6:], layout, checkpointing, budget, nodes, terms,
         {"load": _load(terms, total, compute, case, target), "proof": _proof(case, subject, large, terms, per_node), "steps": peak},
-        len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
+        round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back, len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
         _seconds(case, subject, target, large, rows, nodes, total_nodes, passes), _disk(settings, method, large, trainable, total),
         trainable, total,
     )
@@ -241,11 +251,16 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
 
 def _line(case: Case, subject: Subject, rows: Sequence[Example], nodes: int, large: Trace, accumulates: bool) -> tuple[Trace, float]:
     """(the trace of a smaller pass, bytes that one node more takes)."""
-    few = [replace(row, ids=row.ids[: max(2, len(row) // PART_OF_PASS)], weights=np.r_[0, row.weights[1 - max(2, len(row) // PART_OF_PASS):]].astype(np.float32))
-           for row in rows]
+    few = [_part(row, max(2, len(row) // PART_OF_PASS)) for row in rows]
     small = trace(case, few, accumulates)
     there = subject.nodes(few, case.layout)
     return small, max(1.0, (large.peak - small.peak) / max(1, nodes - there))
+
+
+def _part(row: Example, tokens: int) -> Example:
+    """A shorter row of which as large a share is learned: every so manieth token."""
+    chosen = np.linspace(0, len(row) - 1, tokens).astype(int)
+    return Example(row.ids[:tokens], row.weights[chosen], row.row)
 
 
 def _budget(peak: int, nodes: int, per_node: float, room: float, most: int) -> int:
@@ -258,8 +273,7 @@ def _terms(traced: Trace, target: Target) -> dict[str, int]:
     terms = {name: traced.terms.get(name, 0) for name in TERMS}
     if target.processes > 1:  # DDP gathers gradients in buckets of its own
         terms["gradients"] += sum(traced.windows["optimizer"].get(name, 0) for name in ("gradients",))
-    passing = sum(terms[name] for name in ("activations", "logits", "work space"))
-    terms["framework"] = FRAMEWORK[target.kind] + round(SLACK[target.kind] * passing)
+    terms["framework"] = FRAMEWORK[target.kind]
     return {name: round(value) for name, value in terms.items() if value}
 
 

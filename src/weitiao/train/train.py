@@ -144,6 +144,8 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     if planned and not force:
         refuse_too_large(planned, subject, accelerator)
     screen.tell(f"Loading {settings.model.name} …")
+    if planned and planned.gives_back:
+        memory.give_back_at_once()
     meter = memory.Meter(accelerator.device)
     with meter.part("load"):
         model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
@@ -558,10 +560,10 @@ def measured(job: Job, line: StepLine) -> dict[str, Any]:
 def planned_and_measured(job: Job) -> str:
     """`2.3 GiB planned, 2.4 GiB measured (steps)`"""
     part, found = max(job.meter.peaks.items(), key=lambda item: item[1])
-    if not job.planned:
+    if not (planned := job.planned):
         return f"{format_bytes(found)} ({part})"
-    off = found / job.planned.peak - 1
-    return f"{format_bytes(job.planned.peak)} planned, {format_bytes(found)} measured ({part}): {off:+.0%}"
+    kept = f" and up to {format_bytes(planned.kept)} that the allocator keeps" if planned.kept else ""
+    return f"{format_bytes(planned.peak)} planned{kept}, {format_bytes(found)} measured ({part})"
 
 
 def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, screen: Screen) -> None:
