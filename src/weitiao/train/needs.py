@@ -28,8 +28,9 @@ from weitiao.model.methods.method import Method
 from weitiao.train import memory
 from weitiao.train.devices import Device
 from weitiao.train.loop import Schedule
+from weitiao.train.loss import CHUNK
 from weitiao.train.proof import picked
-from weitiao.train.trace import TERMS, Case, Trace, attention_flops, build_model, segments_of, trace, with_layers
+from weitiao.train.trace import TERMS, Case, Trace, alike, attention_flops, build_model, by_keys, segments_of, trace, with_layers
 from weitiao.trie import Example
 
 Paths = Sequence[Sequence[Example]]  # of each row
@@ -41,8 +42,8 @@ CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # kept 5 % to 58 %, see benchmarks/plan.md). A CPU's can be told to give back at once, which costs time: memory.give_back_at_once.
 KEEPS = {"cpu": 0.6, "cuda": 0.08}
 PASSING = ("activations", "logits", "work space")
-MOST_STEPS = 200  # that are laid out to find the largest pass and how much is shared
-PART_OF_PASS = 4  # of each row's tokens, what the smaller of the two passes that are traced takes
+TRACED_BY_SEGMENTS = 2048  # tokens
+MOST_STEPS = 50  # that are laid out to find the largest pass and how much is shared
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,26 @@ class Subject:
     config: Any
     paths: Paths
     tokenizer: Any = None
-    measured: int = 0
+    own_method: Method | None = None
+    lines: dict[Any, Line] = field(default_factory=dict)
 
     @functools.cached_property
     def method(self) -> Method:
-        return method_of(self.settings, self.tokenizer)
+        return self.own_method or method_of(self.settings, self.tokenizer)
+
+    def case(self, target: Target, layout: str, checkpointing: bool) -> Case:
+        compute = target.compute(self.settings, self.method.TRAINS_ALL)
+        return Case(self.config, self.settings, self.method, compute, checkpointing, layout, target.kind, self.tokenizer)
+
+    @functools.cached_property
+    def whole(self) -> torch.nn.Module:
+        """All layers with the method attached, on the meta device."""
+        case = Case(self.config, self.settings, self.method, torch.float32, False, self.settings.training.layout)
+        return build_model(case, self.config.get_text_config().num_hidden_layers)[0]
+
+    @functools.cached_property
+    def uniform(self) -> bool:
+        return alike(self.whole, self.config)
 
     @functools.cached_property
     def virtual(self) -> int:
@@ -216,45 +232,106 @@ def _layout(subject: Subject, target: Target) -> str:
     return "padded" if loading.trie_obstacle(model) else "trie"
 
 
+@dataclass(frozen=True, eq=False)
+class Line:
+    """What passes of any size need, from two that were traced: all terms grow with the nodes but for the logits, of which no more
+    than a chunk of learned edges exists at once.
+
+    sizes: (nodes, learned edges) of the two. width: bytes of the hidden states that an edge is predicted from, and of their gradient.
+    """
+
+    traces: tuple[Trace, Trace]
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    width: int
+
+    def at(self, nodes: int, edges: int) -> Trace:
+        small, large = self.traces
+        (few, _), (many, _) = self.sizes
+        share = (nodes - few) / max(1, many - few)
+        windows = {
+            name: {term: max(0.0, self._logits(name, edges) if term == "logits" else _between(small, large, name, term, share))
+                   for term in small.windows[name].keys() | terms.keys()}
+            for name, terms in large.windows.items()
+        }
+        return Trace(windows, small.work + (large.work + small.work * -1.0) * share, large.stepping)
+
+    def _logits(self, window: str, edges: int) -> float:
+        """constant + chunk * min(edges, CHUNK) + width * edges"""
+        chunks = [min(e, CHUNK) for _, e in self.sizes]
+        rest = [t.windows[window].get("logits", 0.0) - self.width * e for t, (_, e) in zip(self.traces, self.sizes, strict=True)]
+        a_chunk = (rest[1] - rest[0]) / (chunks[1] - chunks[0]) if chunks[0] != chunks[1] else 0.0
+        return rest[1] + a_chunk * (min(edges, CHUNK) - chunks[1]) + self.width * edges
+
+    @property
+    def per_node(self) -> float:
+        """Bytes that one node more takes, at the least favourable moment."""
+        (few, _), (many, _) = self.sizes
+        small, large = self.traces
+        growth = [sum(_between(small, large, name, term, 1.0) - _between(small, large, name, term, 0.0)
+                      for term in large.windows[name] if term != "logits") for name in large.windows]
+        return max(1.0, max(growth) / max(1, many - few))
+
+
+def _between(small: Trace, large: Trace, window: str, term: str, share: float) -> float:
+    a, b = (traced.windows[window].get(term, 0.0) for traced in (small, large))
+    return a + (b - a) * share
+
+
+def _line(subject: Subject, target: Target, layout: str, checkpointing: bool, rows: Sequence[Example], accumulates: bool) -> Line:
+    """Two passes of like rows, traced: that of these rows, and one of half of them."""
+    case = subject.case(target, layout, checkpointing)
+    rows = _few_segments(case, subject, rows)
+    half = list(rows[: len(rows) // 2]) if len(rows) > 1 else [_part(row, max(2, len(row) // 2)) for row in rows]
+    key = (layout, checkpointing, target.kind, case.compute, accumulates, sum(map(len, rows)), subject.nodes(rows, layout))
+    if key not in subject.lines:
+        traces = tuple(trace(case, some, accumulates, subject.uniform) for some in (half, rows))
+        sizes = tuple((subject.nodes(some, layout), edges_of(some)) for some in (half, rows))
+        subject.lines[key] = Line(traces, sizes, 2 * subject.config.get_text_config().hidden_size * case.compute.itemsize)
+    return subject.lines[key]
+
+
+def _few_segments(case: Case, subject: Subject, rows: Sequence[Example]) -> Sequence[Example]:
+    """Fewer rows of the pass, where attention goes by each of a trie's segments and tracing many takes long."""
+    if case.layout != "trie" or by_keys(case, max(map(len, rows)) + subject.virtual):
+        return rows
+    chosen: list[Example] = []
+    for row in rows:
+        if chosen and sum(map(len, chosen)) + len(row) > TRACED_BY_SEGMENTS:
+            break
+        chosen.append(row)
+    return chosen
+
+
+def edges_of(rows: Sequence[Example]) -> int:
+    return sum(int((row.weights > 0).sum()) for row in rows)
+
+
 def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) -> Plan:
     settings, method = subject.settings, subject.method
-    compute = target.compute(settings, method.TRAINS_ALL)
-    case = Case(subject.config, settings, method, compute, checkpointing, layout, target.kind, subject.tokenizer)
-    most = settings.training.nodes_per_pass or memory.MOST_NODES[target.kind]
-    worst = subject.passes(max(subject.steps, key=lambda rows: sum(map(len, rows))), layout, most)
-    rows, accumulates = max(worst, key=lambda rows: subject.nodes(rows, layout)), len(worst) > 1
-    nodes = subject.nodes(rows, layout)
-    large = trace(case, rows, accumulates)
-    small, per_node = _line(case, subject, rows, nodes, large, accumulates)
+    case = subject.case(target, layout, checkpointing)
+    asked = settings.training.nodes_per_pass
+    most = asked or memory.MOST_NODES[target.kind]
+    largest_step = max(subject.steps, key=lambda rows: sum(map(len, rows)))
+    passes = subject.passes(largest_step, layout, most)
+    rows = max(passes, key=lambda rows: sum(map(len, rows)))
+    line = _line(subject, target, layout, checkpointing, rows, len(passes) > 1)
     keeps = 0.0 if target.gives_back else KEEPS[target.kind]
-    standing = large.peak - per_node * nodes
-    room = (target.available - FRAMEWORK[target.kind] + keeps * standing) / (1 + keeps)
-    budget = settings.training.nodes_per_pass or _budget(large.peak, nodes, per_node, room, most)
-    if budget < nodes:  # a pass must be smaller than was traced
-        worst = subject.passes([path for rows in worst for path in rows], layout, max(budget, subject.longest))
-        rows = max(worst, key=lambda rows: subject.nodes(rows, layout))
-        nodes = subject.nodes(rows, layout)
-        large = trace(case, rows, len(worst) > 1)
-    terms = _terms(large, target)
-    peak = sum(terms.values())
-    total_nodes, tokens, passes = _epoch(subject, layout, budget)
-    attached, _ = build_model(replace(case, checkpointing=False), subject.config.get_text_config().num_hidden_layers)
-    trainable, total = count_parameters(attached)
+    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, keeps, most)
+    passes = subject.passes(largest_step, layout, max(budget, subject.longest))
+    rows = max(passes, key=lambda rows: subject.nodes(rows, layout))
+    nodes = subject.nodes(rows, layout)
+    traced = line.at(nodes, edges_of(rows))
+    terms = _terms(traced, target)
+    total_nodes, tokens = _epoch(subject, layout, budget)
+    trainable, total = count_parameters(subject.whole)
     return Plan(
-        target.name, target.available, str(compute)[6:], layout, checkpointing, budget, nodes, terms,
-        {"load": _load(terms, total, compute, case, target), "proof": _proof(case, subject, large, terms, per_node), "steps": peak},
-        round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back, len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
-        _seconds(case, subject, target, large, rows, nodes, total_nodes, passes), _disk(settings, method, large, trainable, total),
+        target.name, target.available, str(case.compute)[6:], layout, checkpointing, budget, nodes, terms,
+        {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms), "steps": sum(terms.values())},
+        round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
+        len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
+        _seconds(case, subject, target, traced, rows, nodes, total_nodes), _disk(settings, method, traced, trainable, total),
         trainable, total,
     )
-
-
-def _line(case: Case, subject: Subject, rows: Sequence[Example], nodes: int, large: Trace, accumulates: bool) -> tuple[Trace, float]:
-    """(the trace of a smaller pass, bytes that one node more takes)."""
-    few = [_part(row, max(2, len(row) // PART_OF_PASS)) for row in rows]
-    small = trace(case, few, accumulates)
-    there = subject.nodes(few, case.layout)
-    return small, max(1.0, (large.peak - small.peak) / max(1, nodes - there))
 
 
 def _part(row: Example, tokens: int) -> Example:
@@ -263,9 +340,14 @@ def _part(row: Example, tokens: int) -> Example:
     return Example(row.ids[:tokens], row.weights[chosen], row.row)
 
 
-def _budget(peak: int, nodes: int, per_node: float, room: float, most: int) -> int:
+def _budget(line: Line, nodes: int, edges: int, target: Target, keeps: float, most: int) -> int:
     """Nodes of a pass: as many as `most`, fewer where they would not fit."""
-    fitting = nodes + (room - peak) / per_node
+    def needed(count: int) -> float:
+        traced = line.at(count, min(edges, count))
+        return max(sum(w.values()) + keeps * sum(w.get(name, 0.0) for name in PASSING) for w in traced.windows.values())
+
+    room = target.available - FRAMEWORK[target.kind]
+    fitting = most if needed(nodes) <= room else nodes - (needed(nodes) - room) / ((1 + keeps) * line.per_node)
     return int(max(memory.LEAST_NODES, min(most, fitting // 256 * 256)))
 
 
@@ -287,32 +369,34 @@ def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, t
     return held + (0 if stored is dtype and case.settings.model.quantize == "none" else total * stored.itemsize)
 
 
-def _proof(case: Case, subject: Subject, large: Trace, terms: dict[str, int], per_node: float) -> int:
+def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int]) -> int:
     """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
     if case.layout != "trie":
         return 0
     rows = picked(subject.step(1))
     longest = max(map(len, rows))
     standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework"))
-    gradients = large.windows["optimizer"].get("gradients", 0)
-    config = case.config.get_text_config()
-    logits = longest * config.vocab_size * (4 + 2 * case.compute.itemsize)
-    per_row = standing + 2 * gradients + longest * per_node + logits
-    by_trie = standing + gradients + subject.nodes(rows, "trie") * per_node + large.windows["loss"].get("logits", 0)
-    return round(max(per_row, by_trie))
+    gradients = line.traces[1].windows["optimizer"].get("gradients", 0)
+
+    def passing(nodes: int, edges: int) -> float:
+        windows = line.at(nodes, edges).windows.values()
+        return max(sum(w.get(name, 0.0) for name in PASSING) for w in windows)
+
+    vocabulary = subject.config.get_text_config().vocab_size
+    logits = longest * vocabulary * (4 + 2 * case.compute.itemsize)
+    return round(standing + max(2 * gradients + passing(longest, 0) + logits, gradients + passing(subject.nodes(rows, "trie"), edges_of(rows))))
 
 
-def _epoch(subject: Subject, layout: str, budget: int) -> tuple[int, int, float]:
-    """(nodes, tokens, passes) of an epoch, from the steps that were looked at."""
+def _epoch(subject: Subject, layout: str, budget: int) -> tuple[int, int]:
+    """(nodes, tokens) of an epoch, from the steps that were looked at."""
     tokens = sum(len(path) for row in subject.paths for path in row)
     seen = sum(sum(map(len, rows)) for rows in subject.steps)
-    passes = [one for rows in subject.steps for one in subject.passes(rows, layout, max(budget, subject.longest))]
-    factor = tokens / max(1, seen)
-    return round(sum(subject.nodes(rows, layout) for rows in passes) * factor), tokens, len(passes) * factor
+    nodes = sum(subject.nodes(some, layout) for rows in subject.steps for some in subject.passes(rows, layout, max(budget, subject.longest)))
+    return round(nodes * tokens / max(1, seen)), tokens
 
 
 def _seconds(
-    case: Case, subject: Subject, target: Target, traced: Trace, rows: Sequence[Example], nodes: int, total_nodes: int, passes: float,
+    case: Case, subject: Subject, target: Target, traced: Trace, rows: Sequence[Example], nodes: int, total_nodes: int,
 ) -> float | None:
     """Of an epoch: products by their speed, the rest by the bytes it moves."""
     target = with_speeds(target, case.config, case.compute)

@@ -99,13 +99,14 @@ class Case:
     tokenizer: Any = None
 
 
-def trace(case: Case, rows: Sequence[Example], accumulates: bool = False) -> Trace:
+def trace(case: Case, rows: Sequence[Example], accumulates: bool = False, uniform: bool | None = None) -> Trace:
     """A step whose largest pass holds these rows.
 
     accumulates: does the step have more than one pass? Then gradients are there while the next one is computed.
+    uniform: are its layers alike? Found out if it is not given.
     """
     layers = case.config.get_text_config().num_hidden_layers
-    if layers <= MORE or not alike(case):
+    if layers <= MORE or not (alike(build_model(case, layers)[0], case.config) if uniform is None else uniform):
         return _trace(case, layers, rows, accumulates)
     few, more = (_trace(case, count, rows, accumulates) for count in (FEW, MORE))
     return _extrapolate(few, more, layers)
@@ -127,12 +128,11 @@ def _extrapolate(few: Trace, more: Trace, layers: int) -> Trace:
                             for a, b in ((few.work, more.work), (few.stepping, more.stepping))))
 
 
-def alike(case: Case) -> bool:
+def alike(model: nn.Module, config: Any) -> bool:
     """Does each layer hold, and have trained of it, what every other does?"""
-    model, _ = build_model(case, case.config.get_text_config().num_hidden_layers, trained=True)
     _, layers = decoder_layers(loading.causal_lm(model))
     shapes = {tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters()) for layer in layers}
-    kinds = set(getattr(case.config.get_text_config(), "layer_types", None) or [])
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
     return len(shapes) == 1 and len(kinds) <= 1
 
 
@@ -276,7 +276,7 @@ def _batch(case: Case, rows: Sequence[Example]) -> dict[str, Any]:
     if case.layout != "trie":
         return padded_batch(rows, 0)
     batch = trie_batch(build(rows))
-    if by_keys(case, batch["trie"]):
+    if by_keys(case, batch["trie"].longest):
         batch["trie"] = as_two_segments(batch["trie"])
     return batch
 
@@ -289,12 +289,12 @@ def _padded_loss(model: nn.Module, batch: dict[str, Any], learned: torch.Tensor)
     return (nll * batch["weights"].flatten()[learned]).sum()
 
 
-def by_keys(case: Case, plan: Plan) -> bool:
+def by_keys(case: Case, longest: int) -> bool:
     """Does attention go by the keys of segments, so that it keeps the same however many there are?"""
     config = case.config.get_text_config()
     window = getattr(config, "sliding_window", None) if _slides(config) else None
     dropout = max((float(getattr(config, name, 0.0) or 0.0) for name in ("attention_dropout", "attn_pdrop")), default=0.0)
-    return case.device == "cpu" and dropout == 0.0 and not (window and window < plan.longest)
+    return case.device == "cpu" and dropout == 0.0 and not (window and window < longest)
 
 
 def _slides(config: Any) -> bool:

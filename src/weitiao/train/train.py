@@ -139,7 +139,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     data, eval_data, checked = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
-    subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer)
+    subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer, method)
     planned = plan_of(subject, accelerator, screen)
     if planned and not force:
         refuse_too_large(planned, subject, accelerator)
