@@ -78,31 +78,46 @@ def train(
 
 @app.command(cls=TrainCommand, context_settings={"ignore_unknown_options": True})
 def check(
-    what: Annotated[list[str] | None, typer.Argument(help="A YAML file of settings; then settings such as data.max_tokens=512.", metavar="[FILE.yaml] [name=value]...")] = None,
+    what: Annotated[list[str] | None, typer.Argument(help="Files of rows, or a YAML file of settings; then settings such as data.max_tokens=512.", metavar="[FILE]... [name=value]...")] = None,
     model: Annotated[str | None, typer.Option(help="Short for model.name=…; its tokenizer and config.json are enough.  [default: smollm2-135m]", show_default=False)] = None,
     data: Annotated[list[str] | None, typer.Option(help="Short for data.train=…: the rows to check; may be given several times.")] = None,
     rows: Annotated[int | None, typer.Option(help="Look at the first so many rows of each file.  [default: all]", min=1, show_default=False)] = None,
+    show: Annotated[int | None, typer.Option("--show", help="Then print the first N rows as the model sees them, token by token.", metavar="N", min=1)] = None,
+    html: Annotated[str | None, typer.Option("--html", help="Write such rows as a page, with the findings; 20 rows without --show.", metavar="FILE")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="With --show: each token with its id.")] = False,
     json: Annotated[str | None, typer.Option("--json", help="Write the findings here, as JSON.", metavar="FILE")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 2 on a warning too, not on errors only.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that read.  [default: one a core, 8 at most]", min=1, show_default=False)] = None,
 ) -> None:
     """Tell what is wrong with rows and settings before a run, without loading the model."""
     from weitiao import config
+    from weitiao.errors import SettingError
 
-    refuse_slips(what or [], "check")
-    words = join_options(what or [])
+    files, words = rows_first(what or [])
+    refuse_slips(words, "check")
+    words = join_options(words)
     first = words.pop(0) if words and "=" not in words[0] else None
-    settings = config.read(first, words, **{"model.name": model, "data.train": data or None})
+    settings = config.read(first, words, **{"model.name": model, "data.train": [*files, *(data or [])] or None})
+    if ids and not show:
+        raise SettingError("--ids says how rows are shown, and none are.", "Expected --show N beside it.", "On a page (--html), a box shows the ids.")
     from weitiao.screen import Screen, quiet_libraries
 
     quiet_libraries()
     from weitiao.train import check as checking
+    from weitiao.train import folder
 
+    for file in (json, html):
+        if file:
+            folder.refuse_unwritable(Path(file))
     screen = Screen()
     report = checking.check(settings, screen, rows, workers)
     checking.show(report, screen)
     if json:
         checking.write(report, Path(json))
+    if show or html:
+        from weitiao.train.show import show_first
+
+        show_first(settings, report, show, screen, Path(html) if html else None, ids, rows)
     raise typer.Exit(checking.exit_code(report, strict))
 
 
@@ -153,6 +168,14 @@ def refuse_slips(words: list[str], command: str = "train") -> None:
         raise SettingError(f"Found {' '.join(words)!r} among the settings.", "Expected name=value without spaces around the =.")
     if words and "=" not in words[0] and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):
         raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao {command} --data {words[0]}")
+
+
+def rows_first(words: list[str]) -> tuple[list[str], list[str]]:
+    """(files of rows in front, the other words): for a check, a file of rows needs no option."""
+    from weitiao.data.rows import READERS
+
+    number = next((n for n, word in enumerate(words) if "=" in word or not word.lower().endswith(tuple(READERS))), len(words))
+    return words[:number], words[number:]
 
 
 def join_options(words: list[str]) -> list[str]:

@@ -98,7 +98,7 @@ class Dataset:
 def load(
     sources: Sequence[Source], settings: DataSettings, template: Template, model_limit: int, vocabulary: int, seed: int,
     max_tokens: int | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
-    task: str = "auto", labels: Labels | None = None, survey: Survey | None = None,
+    task: str = "auto", labels: Labels | None = None, survey: Survey | None = None, rows: int | None = None, words: Sequence[str] = (),
 ) -> Dataset:
     """Read, convert, encode and cut the rows of some sources.
 
@@ -107,13 +107,15 @@ def load(
         max_tokens, labels: in the place of the settings' defaults, for rows that are measured as others were trained.
         progress: wraps an iterable to show how far it is.
         survey: takes note of every row on the way, each once however often its file's share repeats it.
+        rows: take the first so many of each source, and go on behind a broken line: for a look at them.
+        words: the labels, where these rows may not have all of them.
 
     Raises:
         RowError: nothing can be learned from any row, too many rows cannot teach, or an id is outside the embedding.
     """
-    mixed = _read(sources, settings, seed, survey)
+    mixed = _read(sources, settings, seed, survey, rows)
     said = [read_row(row, format, settings) for row, format in mixed]
-    labels = labels or _labels(task, [one.conversation for one in said if not one.reason], settings, template)
+    labels = labels or _labels(task, [one.conversation for one in said if not one.reason], settings, template, words)
     encoded: list[EncodedRow] = []
     skipped: list[Skipped] = []
     seen: set[int] = set()
@@ -209,7 +211,9 @@ def _encoded_in_chunks(said: Iterable[EncodedRow], template: Template, model_lim
             yield _labelled(one, labels) if labels else one
 
 
-def _labels(task: str, conversations: Sequence[Conversation], settings: DataSettings, template: Template) -> Labels | None:
+def _labels(
+    task: str, conversations: Sequence[Conversation], settings: DataSettings, template: Template, words: Sequence[str] = (),
+) -> Labels | None:
     """What rows are classified as, if they are: asked for, or all of them text and label.
 
     Raises:
@@ -218,7 +222,7 @@ def _labels(task: str, conversations: Sequence[Conversation], settings: DataSett
     if not conversations or task == "answer" or (task == "auto" and not all(c.is_label for c in conversations)):
         return None
     conversations = [c for c in conversations if len(c.turns()) == 1] or conversations
-    return labels_of(words_of(conversations, settings.labels), conversations[0], settings, template)
+    return labels_of(words or words_of(conversations, settings.labels), conversations[0], settings, template)
 
 
 def labels_of(words: Sequence[str], asked: Conversation, settings: DataSettings, template: Template) -> Labels:
@@ -242,11 +246,12 @@ def usual_length(longest: Sequence[int], whole: bool) -> int:
     return int(np.percentile(longest, 99, method="higher"))
 
 
-def _read(sources: Sequence[Source], settings: DataSettings, seed: int, survey: Survey | None) -> list[tuple[Row, str]]:
-    """Every row with the format of its file, mixed by the files' shares."""
+def _read(sources: Sequence[Source], settings: DataSettings, seed: int, survey: Survey | None, most: int | None) -> list[tuple[Row, str]]:
+    """Every row with the format of its file, mixed by the files' shares. most: rows of each file, in spite of broken ones."""
     files = []
     for source in sources:
-        found = list(reading.read_rows(source.path, split=source.split, name=source.subset))
+        told = reading.Reading(on_error=(lambda error: None) if most else None)
+        found = list(islice(reading.read_rows(source.path, split=source.split, name=source.subset, reading=told), most))
         format = detect(found, settings)
         names = names_of_labels(source, format, settings)
         found = [name_label(row, names) for row in found] if names else found

@@ -241,6 +241,20 @@ def torn(checkpoint: Path) -> str | None:
     return None
 
 
+def refuse_unwritable(path: Path) -> None:
+    """What is written at the end of the work is refused before it.
+
+    Raises:
+        RunError: its folder is missing, it is a folder itself, or may not be written.
+    """
+    if path.is_dir():
+        raise RunError(f"{path} is a folder.", "Expected the name of a file to write.", f"Name one in it, such as {path / 'rows'}.")
+    if not path.parent.is_dir():
+        raise RunError(f"{path} cannot be written: there is no folder {path.parent}.", "", f"Make it (mkdir -p {path.parent}), or give another path.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RunError(f"{path} cannot be written: Permission denied.", "", "Give another path.")
+
+
 def write_text(path: Path, text: str) -> None:
     """A whole file or none: written beside, synced, renamed."""
     temporary = path.with_name(f".{path.name}.part")
