@@ -1,6 +1,7 @@
 """weitiao (微调): fine-tune Hugging Face causal language models.
 
-    rows.jsonl ── rows ── formats ── templates ── tokens ── packing ── batch ┐
+                                                         ┌─ survey ── check
+    rows.jsonl ── rows ── formats ── templates ── tokens ┴─ packing ── batch ┐
                                                                              ├─ loop ── run folder ── chat, evaluate, merge
     smollm2-135m ── source ── load ── methods ── attention ──────────────────┘
 

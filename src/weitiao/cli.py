@@ -106,16 +106,16 @@ def check(
     from weitiao.train import check as checking
     from weitiao.train import folder
 
-    for file in (json, html):
+    for file, such_as in ((json, "check.json"), (html, "rows.html")):
         if file:
-            folder.refuse_unwritable(Path(file))
+            folder.refuse_unwritable(Path(file), such_as)
     screen = Screen()
     report = checking.check(settings, screen, rows, workers)
     checking.show(report, screen)
     if json:
         checking.write(report, Path(json))
     if show or html:
-        from weitiao.train.show import show_first
+        from weitiao.train.first_rows import show_first
 
         show_first(settings, report, show, screen, Path(html) if html else None, ids, rows)
     raise typer.Exit(checking.exit_code(report, strict))
@@ -171,10 +171,15 @@ def refuse_slips(words: list[str], command: str = "train") -> None:
 
 
 def rows_first(words: list[str]) -> tuple[list[str], list[str]]:
-    """(files of rows in front, the other words): for a check, a file of rows needs no option."""
+    """(rows in front, the other words): for a check, rows need no option. What is in front and no YAML file is taken for rows."""
     from weitiao.data.rows import READERS
 
-    number = next((n for n, word in enumerate(words) if "=" in word or not word.lower().endswith(tuple(READERS))), len(words))
+    def names_rows(n: int, word: str) -> bool:
+        if "=" in word or word.startswith("-") or word.lower().endswith((".yaml", ".yml")) or (Path(word) / "config.yaml").is_file():
+            return False
+        return n == 0 or word.lower().endswith(tuple(READERS)) or Path(word).exists()
+
+    number = next((n for n, word in enumerate(words) if not names_rows(n, word)), len(words))
     return words[:number], words[number:]
 
 

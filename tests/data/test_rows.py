@@ -198,7 +198,7 @@ def test_csv_with_too_many_or_few_cells_is_named(record, count):
 def test_a_quote_that_is_never_closed_does_not_swallow_the_file():
     write("rows.csv", 'text,label\na,0\n"b,1\nc,0\n')
     message = refusal(RowError, "rows.csv")
-    assert "rows.csv: the record that starts on line 3 cannot be read" in message and "Close the quotes" in message
+    assert "rows.csv:3: the record that starts on this line cannot be read" in message and "Close the quotes" in message
 
 
 def test_a_header_that_names_a_column_twice_is_refused():

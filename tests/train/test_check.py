@@ -68,12 +68,13 @@ def test_clean_rows_are_one_line(command):
 
 
 def test_broken_lines_are_told_and_the_rest_is_read(checked):
-    report = checked([*CLEAN[:3], '{"prompt": "1", "completion": ', *CLEAN[3:], "[1]"])
+    report = checked([*CLEAN[:3], '{"prompt": "1", "completion": ', *CLEAN[3:7], "{", *CLEAN[7:], "[1]"])
     found = by_kind(report)
     assert set(found) == {"broken_row"} and report.rows == len(CLEAN)
-    assert found["broken_row"].severity == "error" and found["broken_row"].count == 2
-    assert found["broken_row"].where == ("rows.jsonl:4", "rows.jsonl:18")
-    assert "is not JSON" in found["broken_row"].what and "Mend or remove this row." in found["broken_row"].cure
+    no_json, no_object = sorted(report.findings, key=lambda finding: finding.where)[::-1]
+    assert (no_json.severity, no_json.count, no_json.where) == ("error", 2, ("rows.jsonl:4", "rows.jsonl:9"))
+    assert "is not JSON" in no_json.what and "Mend or remove this row." in no_json.cure
+    assert no_object.where == ("rows.jsonl:19",) and "Expected an object" in no_object.cure
 
 
 def test_a_csv_with_a_short_line(checked):
@@ -87,7 +88,7 @@ def test_a_json_file_that_breaks_off_ends_there(checked):
     with open("rows.json", "w") as file:
         file.write(json.dumps(CLEAN)[:-5])
     report = checked("rows.json")
-    assert {finding.kind for finding in report.findings if finding.severity == "error"} == {"broken_row", "unknown_columns"}
+    assert {finding.kind for finding in report.findings if finding.severity == "error"} == {"broken_row", "no_rows"}
     assert report.rows == 0
 
 

@@ -568,7 +568,7 @@ TABLE: dict[str, tuple[str, Kind, Callable[[Read], str | None]]] = {
         "Collect the values in a list under one name."), _json("json_twice")),
     "preference": ("unread", Kind(
         "warning", f"{_SEVERAL} hold a preferred answer and a rejected one, and none by the name of an answer: {{detail}}.",
-        "weitiao learns answers, not preferences. Write the preferred one as the last turn, or name its column: data.columns='{completion: chosen}'."),
+        "weitiao learns answers, not preferences. Write the preferred one as the last turn of its chat; beside a column of prompts, data.columns='{completion: chosen}' is enough."),
         _preference),
     "foreign_columns": ("unread", Kind(
         "warning", f"{_SEVERAL} cannot teach, since their columns have other names: {{detail}}.",

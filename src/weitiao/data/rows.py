@@ -446,7 +446,7 @@ def _records(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise RowError(
-                f"{file}: the record that starts on line {line} cannot be read ({error}).",
+                f"{file}:{line}: the record that starts on this line cannot be read, nor what is behind it ({error}).",
                 "Expected cells in double quotes to be closed, and the lines to end in \\n.",
                 'Close the quotes, and write " inside a quoted cell twice.',
             ) from error

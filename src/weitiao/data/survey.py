@@ -59,13 +59,13 @@ SKIPS: dict[str, tuple[str, Kind]] = {
 }
 # What a look at the row's fields has said better, with the row's place.
 SAID_BY_DEFECTS = {
-    "ends on": {"ends_on_human"}, "unknown speaker": {"unknown_speaker"}, "its columns are": {"foreign_columns", "preference"},
+    "ends on": {"ends_on_human", "preference"}, "unknown speaker": {"unknown_speaker"}, "its columns are": {"foreign_columns", "preference"},
     "half of a surrogate": {"lone_surrogates"},
 }
 CANNOT_TEACH = ("cannot_teach", _skipped("{detail}.", "Mend or remove these rows."))
 
 SURVEY: dict[str, Kind] = {
-    "nothing_to_learn": Kind("error", "Nothing can be learned from any of the {rows} rows.", "Look at the findings beside this one."),
+    "nothing_to_learn": Kind("error", "Nothing can be learned from any of the {rows} rows.", "The other findings say why."),
     "too_many_skipped": Kind("error", "{count} of {rows} rows ({share}) cannot teach, {detail}.", "Mend them, or allow them: data.bad_rows=skip with a larger data.bad_share."),
     "weight": Kind("error", "{count} of {rows} rows without a weight that can be read. {detail}", "Give each row a number of 0 or more in the column of data.weight_column."),
     "outside": Kind("error", "{count} of {rows} rows with a token outside the model's embedding: {detail}.",

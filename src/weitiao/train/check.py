@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from weitiao.config import DataSettings, Settings, Source
 from weitiao.data import rows as reading
 from weitiao.data.dataset import CHUNK, labels_of, name_label, names_of_labels
+from weitiao.data.defects import find_all
 from weitiao.data.findings import SEVERITIES, Finding, Kind, Tally, worst_first
 from weitiao.data.formats import detect
 from weitiao.data.labels import Labels, words_of
@@ -42,11 +43,13 @@ from weitiao.train.tree import folder_of
 PEEKED = 1000  # rows that a file's format is told from, and that make a small one
 MOST_WORKERS = 8
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+SUFFIXES = "|".join(re.escape(suffix) for suffix in sorted(reading.READERS, key=len, reverse=True))
 BAR = 40  # characters
 MOST_BRIEF = 6  # findings that a training tells
 
 CHECKS: dict[str, Kind] = {
-    "broken_row": Kind("error", "{count} broken places in the rows' files. {detail}", ""),
+    "broken_row": Kind("error", "{count} broken {noun}. {detail}", ""),
+    "no_rows": Kind("error", "{detail}", ""),
     "unknown_columns": Kind("error", "No format fits. {detail}", ""),
     "labels": Kind("error", "{detail}", ""),
 }
@@ -119,7 +122,8 @@ def report(
     """What surveys come to, of the rows to learn from and of those to measure on."""
     found = list(findings)
     labels, refusals = told_labels(survey, settings.data, template)
-    lengths = lengths_of(survey, settings.data, template, room, labels, settings.data.max_tokens)
+    # Without labels nobody knows how long rows are with them, so none is said to be too long.
+    lengths = lengths_of(survey, settings.data, template, room, labels, settings.data.max_tokens or (room if refusals else None))
     found += refusals + survey.findings(lengths, cure_of_cuts(lengths, room, settings.data))
     if measured is not None:
         cuts = lengths_of(measured, settings.data, template, room, labels, lengths.limit)
@@ -167,8 +171,7 @@ class Reader:
     screen: Screen
     most: int | None
     workers: int | None
-    broken: Tally = field(default_factory=Tally)
-    cure: str = ""
+    broken: dict[str, Tally] = field(default_factory=dict)  # by cure
     unknown: list[Finding] = field(default_factory=list)
     classified: bool = False
     used: int = 1
@@ -198,21 +201,22 @@ class Reader:
 
     def _open(self, source: Source, data: DataSettings, progress: reading.Reading) -> Opened | None:
         rows = reading.read_rows(source.path, split=source.split, name=source.subset, reading=progress)
+        peeked: list[Row] = []
         try:
-            peeked = list(islice(rows, PEEKED))
+            peeked += islice(rows, PEEKED)
             format = detect(peeked, data)
         except RowError as error:
-            self.unknown.append(of_error("unknown_columns", error))
+            self.unknown.append(of_unknown(error, peeked[0]) if peeked else of_error("no_rows", error))
             return None
         return Opened(peeked, rows, format, names_of_labels(source, format, data))
 
     def _note_broken(self, error: RowError) -> None:
-        self.cure = self.cure or " ".join(part for part in (error.expected, error.next_step) if part)
-        self.broken.add(place_of(error), error.found)
+        cure = " ".join(part for part in (error.expected, error.next_step) if part)
+        self.broken.setdefault(cure, Tally()).add(place_of(error), error.found)
 
     def findings(self) -> list[Finding]:
-        kind = Kind("error", CHECKS["broken_row"].what, self.cure)
-        return [*self.unknown, *([self.broken.finding("broken_row", kind, 0)] if self.broken.count else [])]
+        kind = CHECKS["broken_row"]
+        return [*self.unknown, *(tally.finding("broken_row", replace(kind, cure=cure), 0) for cure, tally in self.broken.items())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,10 +315,17 @@ def of_error(kind: str, error: RowError) -> Finding:
     return Finding(kind, "error", CHECKS[kind].what.format(detail=error.found), (where,) if where else (), cure, 1)
 
 
+def of_unknown(error: RowError, first: Row) -> Finding:
+    """A file of no format: with its own names in the cure, where they can be guessed from its first row."""
+    finding = of_error("unknown_columns", error)
+    _, _, columns = find_all(first.fields, None).get("foreign_columns", "").partition(": set ")
+    return replace(finding, cure=f"Say which is which: {columns}; or rename them in the file.") if columns and "…" not in columns else finding
+
+
 def place_of(error: RowError) -> str:
-    """`rows.jsonl:7` at the front of a message."""
-    met = re.match(r".+?(:\d+|, row \d+)", error.found)
-    return met[0] if met else error.found.split(" ")[0].rstrip(":")
+    """`rows.jsonl:7`, or `rows.jsonl`, at the front of a message."""
+    met = re.match(r".+?(:\d+|, row \d+)", error.found) or re.match(rf".+?({SUFFIXES})(?=[ :])", error.found)
+    return met[0] if met else ""
 
 
 def of_eval(finding: Finding) -> Finding:
@@ -327,23 +338,26 @@ def of_eval(finding: Finding) -> Finding:
 
 def show(told: Report, screen: Screen) -> None:
     """Numbers, lengths, then errors before warnings before notes."""
-    rows = f"{told.rows:,} rows" + (f" and {told.eval_rows:,} to measure on" if told.eval_rows else "")
+    rows = f"{told.rows:,} {'row' if told.rows == 1 else 'rows'}" + (f" and {told.eval_rows:,} to measure on" if told.eval_rows else "")
     learned = f"{told.learned_tokens / told.tokens:.1%} learned" if told.tokens else "nothing learned"
-    if not told.findings:
+    if all(finding.severity == "note" and not finding.count for finding in told.findings):  # nothing, or how the settings go together
         screen.tell(f"No defects found in {rows}: longest {told.longest:,} tokens, {learned}.", style="green")
-        return
-    facts = [("rows", f"{rows}; {told.taught:,} can teach"), ("tokens", f"{told.tokens:,} an epoch, {learned}; longest row {told.longest:,}, limit {told.max_tokens:,}")]
-    if told.labels:
-        total = sum(told.labels.values())
-        facts.append(("labels", ", ".join(f"{word} {count / total:.1%}" for word, count in list(told.labels.items())[:12])))
-    screen.table("", [*facts, ("lengths", bars(told.histogram))])
+    elif told.rows:
+        facts = [("rows", f"{rows}; {told.taught:,} can teach")]
+        if told.tokens:
+            facts.append(("tokens", f"{told.tokens:,} an epoch, {learned}; longest row {told.longest:,}, limit {told.max_tokens:,}"))
+        if told.labels:
+            total = sum(told.labels.values())
+            facts.append(("labels", ", ".join(f"{word} {count / total:.1%}" for word, count in list(told.labels.items())[:12])))
+        screen.table("", [*facts, *([("lengths", bars(told.histogram))] if told.histogram else [])])
     for finding in told.findings:
         screen.tell()
         screen.pair(finding.severity, COLOURS[finding.severity], finding.what)
         for text in (places(finding), finding.cure):
             if text:
                 screen.indent(text)
-    screen.tell(f"\n{tally_of(told)} in {rows}, {duration(told.seconds)}.")
+    if told.findings:
+        screen.tell(f"\n{tally_of(told)} in {rows}, {duration(told.seconds)}.")
 
 
 def places(finding: Finding) -> str:
@@ -363,8 +377,11 @@ def tally_of(told: Report) -> str:
 
 
 def bars(histogram: Sequence[tuple[int, int, int]]) -> str:
+    """Without the spans at both ends that no row has."""
+    filled = [n for n, (_, _, rows) in enumerate(histogram) if rows]
+    histogram = histogram[min(filled, default=0) : max(filled, default=-1) + 1]
     most = max((rows for _, _, rows in histogram), default=1)
-    spans = [f"{low:,}–{high:,}" for low, high, _ in histogram]
+    spans = [f"{low:,}–{high:,}" if low < high else f"{low:,}" for low, high, _ in histogram]
     width = max(map(len, spans), default=0)
     return "\n".join(f"{span:>{width}} {'█' * round(BAR * rows / most) or '▏' * bool(rows)} {rows:,}" for span, (_, _, rows) in zip(spans, histogram, strict=True))
 

@@ -9,6 +9,7 @@
       proof.json          trie against plain rows, on the first batch
       checkpoints/N/      adapter/ or model/, trainer.pt, progress.json, manifest.json
       adapter/ or model/  what was learned: the best checkpoint's by the metric chosen
+      check.json          what `weitiao check` would tell of rows and settings, as it was before the first step
       answers.jsonl       what it says to samples.prompts
       samples.jsonl, scores.json, summary.json, loss.png
 
@@ -241,14 +242,14 @@ def torn(checkpoint: Path) -> str | None:
     return None
 
 
-def refuse_unwritable(path: Path) -> None:
-    """What is written at the end of the work is refused before it.
+def refuse_unwritable(path: Path, such_as: str) -> None:
+    """What is written at the end of the work is refused before it. such_as: a name for such a file.
 
     Raises:
         RunError: its folder is missing, it is a folder itself, or may not be written.
     """
     if path.is_dir():
-        raise RunError(f"{path} is a folder.", "Expected the name of a file to write.", f"Name one in it, such as {path / 'rows'}.")
+        raise RunError(f"{path} is a folder.", "Expected the name of a file to write.", f"Name one in it, such as {path / such_as}.")
     if not path.parent.is_dir():
         raise RunError(f"{path} cannot be written: there is no folder {path.parent}.", "", f"Make it (mkdir -p {path.parent}), or give another path.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

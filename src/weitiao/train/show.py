@@ -22,22 +22,14 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from weitiao.config import Settings
-from weitiao.data.dataset import UNLIMITED, Dataset, TrainingRow, load
+from weitiao.data.dataset import Dataset, TrainingRow
 from weitiao.data.findings import Finding
 from weitiao.data.spelling import MARKS, Piece, Spelling, visible
-from weitiao.data.templates import Template, load_template
-from weitiao.errors import RowError
-from weitiao.model import load as loading
-from weitiao.model.methods import method_of
+from weitiao.data.templates import Template
 from weitiao.screen import Screen
-from weitiao.train.check import Report, room_and_vocabulary
 from weitiao.train.paths import Path, Stretch, choose, paths_of, row_header, shared_note, turn_header
 from weitiao.train.show_html import html_page, write_page
-from weitiao.train.tree import folder_of
 
-ON_A_PAGE = 20  # rows
-LOOKED_AT = 1000  # first rows of each source, or as many as are to be shown
 MOST_TOKENS = 120  # of one stretch that is given
 MORE_LEARNED = 4  # times as many, where it is learned
 LEAST_FOLDED = 8  # shared tokens; fewer are shown
@@ -82,43 +74,6 @@ def show(
     if html:
         write_page(html, html_page(rows, template, f"{len(rows)} of {total or len(data):,} rows, token by token", findings))
         screen.tell(f"\nThe same as a page: {html}" if on_screen else f"\n{len(rows)} rows, token by token, as a page: {html}")
-
-
-def show_first(
-    settings: Settings, told: Report, count: int | None, screen: Screen, html: File | None = None, ids: bool = False, most: int | None = None,
-) -> None:
-    """After a check: the first rows, or in a sentence why there are none.
-
-    Args:
-        told: what the check found. count: rows on the screen and on the page; None for a page alone.
-        most: how many rows of each source were checked, if not all.
-    """
-    try:
-        data, template = first_rows(settings, told, count or ON_A_PAGE, screen, most)
-    except RowError as error:
-        screen.tell(f"\nNo row can be shown. {error.found.splitlines()[0]}", style="yellow")
-        return
-    if count:
-        screen.tell()
-    show(data, template, count or ON_A_PAGE, screen, html, told.findings, ids, told.taught, on_screen=count is not None)
-
-
-def first_rows(settings: Settings, told: Report, count: int, screen: Screen, most: int | None = None) -> tuple[Dataset, Template]:
-    """The first rows of each source as a training of all would learn them, after a check of all. most: rows that were checked.
-
-    Raises:
-        RowError: nothing can be learned from these.
-    """
-    folder = folder_of(settings.model, screen)
-    template = load_template(settings.data.template, loading.load_tokenizer(folder, settings.model))
-    room, _ = room_and_vocabulary(settings, method_of(settings, template.tokenizer), template, loading.load_config(folder, settings.model))
-    looked_at = min(most or LOOKED_AT, max(LOOKED_AT, count))
-    # What the check has told is no reason to show nothing: rows that cannot teach are passed over, however many.
-    tolerant = settings.data.model_copy(update={"bad_rows": "skip", "bad_share": 1.0})
-    in_order = [source.model_copy(update={"share": None}) for source in settings.data.train]
-    data = load(in_order, tolerant, template, room, UNLIMITED, 0, told.max_tokens, task="classify" if told.labels else "answer",
-                rows=looked_at, words=() if settings.data.labels else sorted(told.labels))
-    return data, template
 
 
 def show_rows(
