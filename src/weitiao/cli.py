@@ -94,7 +94,7 @@ def check(
     from weitiao.errors import SettingError
 
     files, words = rows_first(what or [])
-    refuse_slips(words, "check")
+    refuse_slips(words)
     words = join_options(words)
     first = words.pop(0) if words and "=" not in words[0] else None
     settings = config.read(first, words, **{"model.name": model, "data.train": [*files, *(data or [])] or None})
@@ -158,7 +158,7 @@ def leave() -> None:
         os._exit(0)
 
 
-def refuse_slips(words: list[str], command: str = "train") -> None:
+def refuse_slips(words: list[str]) -> None:
     """The commonest slips, told by their cure."""
     from weitiao.errors import SettingError
 
@@ -167,7 +167,7 @@ def refuse_slips(words: list[str], command: str = "train") -> None:
     if "=" in words or any(word.endswith("=") or word.startswith("=") for word in words):
         raise SettingError(f"Found {' '.join(words)!r} among the settings.", "Expected name=value without spaces around the =.")
     if words and "=" not in words[0] and words[0].endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")):
-        raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao {command} --data {words[0]}")
+        raise SettingError(f"{words[0]} is a file of rows, not of settings.", next_step=f"weitiao train --data {words[0]}")
 
 
 def rows_first(words: list[str]) -> tuple[list[str], list[str]]:
