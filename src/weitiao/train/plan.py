@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from weitiao.data.templates import load_template
 from weitiao.errors import SettingError, SourceError, nearest
 from weitiao.model import load as loading
 from weitiao.model.known import known, known_config, known_names
-from weitiao.model.methods import method_of
+from weitiao.model.methods import METHODS, method_of
+from weitiao.model.methods.added import WithTokens
 from weitiao.model.source import EMBEDDED
 from weitiao.screen import Screen, duration, format_bytes
 from weitiao.train.check import room_and_vocabulary
-from weitiao.train.devices import Device, device_named
+from weitiao.train.devices import device_named
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.tree import folder_of
 from weitiao.trie import Example
@@ -130,16 +131,21 @@ def subject_of(settings: Settings, screen: Screen, tokens: int | None, rows: int
     named = settings.data.train[0].path != NONE
     if not named:
         tokens, rows = tokens or TOKENS, rows or ROWS
-        return Subject(settings, config, made_up(tokens, rows), _tokenizer(folder, settings)), f"{rows:,} made-up rows of {tokens:,} tokens, half of each learned"
+        tokenizer = _tokenizer(folder, settings)
+        if tokenizer is None and (settings.tokens.add or getattr(settings.method, "text", None)):
+            raise SettingError(f"tokens.add and method.text want the tokenizer of {settings.model.name}, which is not here.",
+                               "Expected a folder with its tokenizer.", "Leave them out of the plan: they take next to nothing.")
+        return Subject(settings, config, made_up(tokens, rows), tokenizer, method_of(settings, tokenizer)), f"{rows:,} made-up rows of {tokens:,} tokens, half of each learned"
     tokenizer, note = _tokenizer(folder, settings), ""
     if tokenizer is None:
         tokenizer = loading.load_tokenizer(folder_of(settings.model.model_copy(update={"name": "smollm2-135m"}), screen), settings.model)
         note = ", counted by smollm2-135m's tokenizer: its own is not here"
     template = load_template(settings.data.template, tokenizer)
-    room, vocabulary = room_and_vocabulary(settings, method_of(settings, tokenizer), template, config)
+    method = method_of(settings, tokenizer)
+    room, vocabulary = room_and_vocabulary(settings, method, template, config)
     data = load(settings.data.train, settings.data, template, room, max(vocabulary, len(tokenizer)), settings.training.seed,
                 progress=screen.progress, task=settings.task)
-    return Subject(settings, config, [row.examples for row in data.rows], tokenizer), f"{len(data):,} rows of up to {data.max_tokens:,} tokens{note}"
+    return Subject(settings, config, [row.examples for row in data.rows], tokenizer, method), f"{len(data):,} rows of up to {data.max_tokens:,} tokens{note}"
 
 
 NONE = "none"  # data.train where no rows are named
@@ -205,10 +211,13 @@ def under(subject: Subject, settings: Settings) -> Subject:
     paths = subject.paths
     if limit and limit != subject.settings.data.max_tokens:
         paths = [[Example(p.ids[-limit:], np.r_[0, p.weights[-limit:][1:]].astype(np.float32), p.row) for p in row] for row in paths]
-    return Subject(settings, subject.config, paths, subject.tokenizer)
+    method = METHODS[settings.method.name]
+    if settings.tokens.add:  # the tokenizer knows them already
+        method = WithTokens(method, subject.tokenizer.convert_tokens_to_ids(list(settings.tokens.add)))
+    return Subject(settings, subject.config, paths, subject.tokenizer, method)
 
 
-def available(words: Mapping[str, Any]) -> bool:
+def installed(words: Mapping[str, Any]) -> bool:
     """Is the package there that it needs?"""
     return "bnb" not in str(words.get("training.optimizer", "")) or importlib.util.find_spec("bitsandbytes") is not None
 
@@ -217,7 +226,7 @@ def change_that_fits(subject: Subject, target: Target, progress: Any = lambda it
     """The first of CHANGES with which the run fits."""
     for change in progress(CHANGES, "Looking for what fits"):
         settings = changed(subject.settings, change.words)
-        if settings is None or not available(change.words):
+        if settings is None or not installed(change.words):
             continue
         try:
             planned = needs(under(subject, settings), target)
@@ -237,7 +246,7 @@ def nearest_fit(subject: Subject, target: Target) -> str:
 def ways(subject: Subject, target: Target) -> Iterator[tuple[str, Settings, Plan]]:
     for name, words in WAYS:
         settings = changed(subject.settings, words) or (subject.settings if _same(subject.settings, words) else None)
-        if settings is None or not available(words):
+        if settings is None or not installed(words):
             continue
         try:
             yield name, settings, needs(under(subject, settings), target)
@@ -292,11 +301,8 @@ def show_ways(subject: Subject, target: Target, screen: Screen, change: tuple[Ch
     lines = []
     for name, settings, planned in screen.progress(list(ways(subject, target)), "Looking for what fits"):
         lines.append((name, format_bytes(planned.peak), "yes" if planned.fits else "no", "recomputed" if planned.checkpointing else "kept",
-                      f"{capacity(planned):,}" if planned.fits else "", duration(planned.seconds) if planned.seconds is not None and planned.fits else ""))
+                      f"{planned.budget:,}" if planned.fits else "", duration(planned.seconds) if planned.seconds is not None and planned.fits else ""))
     lines.sort(key=lambda line: line[2] == "no")  # what fits first; each part stays best first
     screen.tell()
     screen.grid(["best first", "needs", "fits", "activations", "nodes a pass", "an epoch"], lines, title=f"{subject.settings.model.name} on {target.name}")
 
-
-def capacity(planned: Plan) -> int:
-    return planned.budget
