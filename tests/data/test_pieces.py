@@ -9,6 +9,10 @@ from weitiao.data.pieces import Pieces
 TEXTS = ["", "a", "<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n", "<|im_end|><|im_end|>", " <|pad|> 是的。 <|pad|>", "<|im_start", "你好\u2028x"]
 
 
+def cut(pieces, texts):
+    return [ids.tolist() for ids in pieces.encode(texts)]
+
+
 def whole(tokenizer, texts):
     return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
@@ -27,17 +31,17 @@ def test_texts_in_pieces_are_texts_as_a_whole(tokenizer):
     pieces = Pieces(tokenizer)
     assert pieces.marks is not None
     for _ in range(2):  # met for the first time, and again
-        assert pieces.encode(TEXTS) == whole(tokenizer, TEXTS)
-    assert pieces.encode([]) == []
+        assert cut(pieces, TEXTS) == whole(tokenizer, TEXTS)
+    assert cut(pieces, []) == []
 
 
-@pytest.mark.parametrize("scheme, cut", [("never", True), ("always", True), ("first", False)])
-def test_a_tokenizer_that_looks_at_where_a_piece_stands_gets_whole_texts(scheme, cut):
+@pytest.mark.parametrize("scheme, is_cut", [("never", True), ("always", True), ("first", False)])
+def test_a_tokenizer_that_looks_at_where_a_piece_stands_gets_whole_texts(scheme, is_cut):
     tokenizer = metaspace(scheme)
     pieces = Pieces(tokenizer)
-    assert bool(pieces.marks) is cut
+    assert bool(pieces.marks) is is_cut
     texts = ["a<s>a", "a a<s> a", "<s>a"]
-    assert pieces.encode(texts) == whole(tokenizer, texts)
+    assert cut(pieces, texts) == whole(tokenizer, texts)
 
 
 def test_tokens_that_take_the_spaces_beside_them_are_not_cut_at():
@@ -47,16 +51,16 @@ def test_tokens_that_take_the_spaces_beside_them_are_not_cut_at():
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<mask>", lstrip=True, special=True)]})
     pieces = Pieces(tokenizer)
     assert pieces.marks is None
-    assert pieces.encode(["a <mask>a<s>"]) == whole(tokenizer, ["a <mask>a<s>"])
+    assert cut(pieces, ["a <mask>a<s>"]) == whole(tokenizer, ["a <mask>a<s>"])
 
 
 def test_tokens_that_are_added_later_are_cut_at():
     tokenizer = metaspace("never")
     pieces = Pieces(tokenizer)
     texts = ["a<new>a<s>a"]
-    before = pieces.encode(texts)
+    before = cut(pieces, texts)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
-    assert pieces.encode(texts) == whole(tokenizer, texts) != before
+    assert cut(pieces, texts) == whole(tokenizer, texts) != before
 
 
 def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
@@ -64,7 +68,7 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
     pieces = Pieces(tokenizer)
     for i in range(100):
         text = f"<|im_start|>{i} and more<|im_end|>"
-        assert pieces.encode([text]) == whole(tokenizer, [text])
+        assert cut(pieces, [text]) == whole(tokenizer, [text])
         assert sum(map(len, pieces.known)) <= 150
 
 
@@ -76,4 +80,4 @@ def test_real_rows_in_pieces(shared):
     rows = json.loads((shared / "data/alpaca_zh/alpaca_zh_demo.json").read_text("utf-8"))[:200]
     texts = [f"Human: {row['instruction']} <|endoftext|>\n{row['output']}<|endoftext|>" for row in rows]
     pieces = Pieces(tokenizer)
-    assert pieces.marks is not None and pieces.encode(texts) == whole(tokenizer, texts)
+    assert pieces.marks is not None and cut(pieces, texts) == whole(tokenizer, texts)

@@ -141,8 +141,11 @@ class Template:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts that each begin a row, as ids with one BOS at most; several at once use several cores."""
-        bos = [self.tokenizer.bos_token_id] if self.begins_with_bos else []
-        return [np.asarray(ids if ids[:1] == bos else bos + ids, np.int32) for ids in self._pieces.encode(texts)]
+        encoded = self._pieces.encode(texts)
+        if not self.begins_with_bos:
+            return encoded
+        bos = np.array([self.tokenizer.bos_token_id], np.int32)
+        return [ids if len(ids) and ids[0] == bos[0] else np.concatenate([bos, ids]) for ids in encoded]
 
     def encode(self, text: str) -> np.ndarray:
         """A text that goes on where others end, as ids without a BOS."""
