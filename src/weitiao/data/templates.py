@@ -11,7 +11,7 @@ rendered as the tokenizer's `apply_chat_template` does in either case.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 
 from weitiao.data.conversation import Conversation
 from weitiao.data.pieces import Pieces
+from weitiao.data.skeletons import Skeletons, Write, repeats_what_is_said
 from weitiao.errors import TemplateError, nearest
 from weitiao.trie import common_prefix
 
@@ -112,7 +113,7 @@ class Template:
             raise TemplateError(f"The template {self.name!r} refuses the conversation: {error}") from error
 
     @cached_property
-    def _write(self) -> Callable[[list[dict[str, str]], bool, list[Any] | None], str]:
+    def _write(self) -> Write:
         """(messages, answer next?, tools) -> text. transformers' own compiled template, without what it does around it
         for messages of other kinds: that takes longer than the rendering."""
         from transformers import PreTrainedTokenizerBase
@@ -121,9 +122,13 @@ class Template:
         tokenizer, compiled = self.tokenizer, getattr(chat_template_utils, "_compile_jinja_template", None)
         if compiled and type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
             template = compiled(self.source)
-            return lambda messages, answer_next, tools: template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=answer_next, **tokenizer.special_tokens_map,
-            )
+
+            def write(messages: list[dict[str, str]], answer_next: bool, tools: list[Any] | None) -> str:
+                return template.render(
+                    messages=messages, tools=tools, documents=None, add_generation_prompt=answer_next, **tokenizer.special_tokens_map,
+                )
+
+            return Skeletons(write) if repeats_what_is_said(template.environment.parse(self.source)) else write
         return lambda messages, answer_next, tools: tokenizer.apply_chat_template(
             messages, chat_template=self.source, add_generation_prompt=answer_next, tokenize=False, tools=tools,
         )
