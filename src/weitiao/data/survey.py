@@ -105,6 +105,7 @@ SURVEY: dict[str, Kind] = {
 
 LITTLE = 0.02  # of the tokens
 NOT_LETTERS = re.compile(r"[\W\d_]+")
+NO_ASCII_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())  # the same, ten times as fast
 LEAST_LETTERS = 8  # of a text that is told by them: 1+1=2 and 3+5=8 have none
 MOST_CHARACTERS = 20_000  # of a conversation that are looked at
 GRAM = 5
@@ -117,7 +118,8 @@ NO_SKETCH = bytes(BINS)
 def loose(conversation: Conversation) -> str:
     """What is said, without case, digits, punctuation and spaces."""
     said = "\n".join(m.content for m in conversation.messages if m.role != "system")
-    return NOT_LETTERS.sub("", said[:MOST_CHARACTERS].casefold())
+    said = said[:MOST_CHARACTERS].casefold()
+    return said.encode().translate(None, NO_ASCII_LETTERS).decode() if said.isascii() else NOT_LETTERS.sub("", said)
 
 
 def grams(text: str) -> np.ndarray:

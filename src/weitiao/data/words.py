@@ -31,6 +31,7 @@ OTHERS = (
     r"!-/:-@\[-`{-~" "¡-§±·¿×÷" "\u2010-\u2027\u2030-\u205e\u2190-\u22ff\u2500-\u26ff\u3001-\u3003\u3008-\u3020"
     "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\U0001f300-\U0001f64f"
 )
+EVERY_CHARACTER = "".join(map(chr, range(0x20000)))
 HAN_BYTES = re.compile("(?<=.)[ä-é]", re.DOTALL)  # in a stored token: the first byte of such a character, not at the token's front
 
 # What a tokenizer cuts at digits before its words -> the pattern's digits, and what stands behind spaces that all belong together.
@@ -98,14 +99,13 @@ def _joined(stored: Sequence[str]) -> list[str]:
     """The Chinese characters that some token joins, whole or in part, to a character before; a space, which begins a word, is none."""
     found = set()
     for token in stored:
-        for met in HAN_BYTES.finditer(token) if set(token) <= ALPHABET.keys() else ():
-            if token[: met.start()] != "Ġ":
+        for met in HAN_BYTES.finditer(token):
+            if token[: met.start()] != "Ġ" and set(token) <= ALPHABET.keys():
                 found.add(bytes(ALPHABET[letter] for letter in token[met.start() : met.start() + 3]))
     return [character for character in map(chr, range(0x4E00, 0x9FA6)) if found and character.encode().startswith(tuple(found))]
 
 
 def _is_one_word(inner: Any, characters: str) -> bool:
     """Does it take a run of all characters of a class for one word?"""
-    kind = re.compile(f"[{characters}]")
-    run = "".join(character for character in map(chr, range(0x20000)) if kind.match(character))
+    run = "".join(re.findall(f"[{characters}]+", EVERY_CHARACTER))
     return len(inner.pre_tokenizer.pre_tokenize_str(run)) == 1

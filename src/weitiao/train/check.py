@@ -266,6 +266,7 @@ def _begin(surveyor: Surveyor) -> None:
     global _surveyor
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     gc.freeze()  # nor does each go through, and so copy, what they share of the memory
+    gc.set_threshold(100_000)  # a chunk's objects are many and no rings
     _surveyor = surveyor
 
 
