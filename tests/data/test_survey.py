@@ -10,7 +10,7 @@ import pytest
 
 from weitiao.config import DataSettings
 from weitiao.data.dataset import load
-from weitiao.data.survey import ALIKE, BINS, Facts, Survey, Surveyor, earlier_equal, first_among, frequent_grams, grams, loose, nearly_earlier, sketch
+from weitiao.data.survey import ALIKE, BINS, Facts, Survey, Surveyor, earlier_equal, first_among, frequent_grams, grams, loose, nearly_earlier, sketch, sketches_of
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.rows import Row
 from weitiao.data.templates import load_template
@@ -177,6 +177,19 @@ def test_sketches_are_alike_as_the_texts_are():
             one, two = (np.frombuffer(sketch(grams("".join(t)), none), np.uint8) for t in (text, other))
             shares.append((one == two).mean())
         assert alike[0] <= np.mean(shares) <= alike[1]
+
+
+def test_texts_sketched_together_are_sketched_as_alone():
+    rng = np.random.default_rng(2)
+    texts = ["".join(rng.choice(list("abcdef是的"), length)) for length in (0, 1, 4, 5, 40, 0, 300, 3, 20, 90, 4)]
+    for frequent in (np.zeros(0, np.uint32), np.unique(grams(texts[6])[:50])):
+        assert sketches_of(texts, frequent) == b"".join(sketch(grams(text), frequent) for text in texts)
+        assert sketches_of([], frequent) == b""
+
+
+@pytest.mark.parametrize("text", ["", "Hello, World_12!", "".join(map(chr, range(128)))])
+def test_ascii_is_rid_of_what_is_no_letter_as_any_text_is(text):
+    assert loose(said(text)) == loose(said(text + "是")).removesuffix("是")
 
 
 def test_near_repeats_are_found_and_others_are_not():

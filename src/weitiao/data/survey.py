@@ -109,6 +109,7 @@ NO_ASCII_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 LEAST_LETTERS = 8  # of a text that is told by them: 1+1=2 and 3+5=8 have none
 MOST_CHARACTERS = 20_000  # of a conversation that are looked at
 GRAM = 5
+TOGETHER = 100_000  # characters whose runs are hashed in one go
 BINS, BANDS, ALIKE = 32, 4, 28  # 28 of 32 bytes alike: rows that share about nine of ten runs of characters
 EDGES = np.arange(BINS, dtype=np.uint32) << np.uint32(27)
 FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1], np.uint32)
@@ -136,6 +137,13 @@ def grams(text: str) -> np.ndarray:
     mixed ^= mixed >> np.uint32(12)
     mixed *= np.uint32(0x297A2D39)
     return mixed ^ (mixed >> np.uint32(15))
+
+
+def sketches_of(texts: Sequence[str], frequent: np.ndarray) -> bytes:
+    """A sketch each. Their runs are hashed together, and those across the end of a text left out: short ones cost most by their number."""
+    hashes = grams("".join(texts))
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    return b"".join([sketch(hashes[end - len(text) : max(end - GRAM + 1, end - len(text))], frequent) for text, end in zip(texts, ends, strict=True)])
 
 
 def sketch(hashes: np.ndarray, frequent: np.ndarray) -> bytes:
@@ -196,7 +204,9 @@ class Survey:
         self.files: dict[str, int] = {}
         self.words: dict[str, int] = {}
         self.columns = {name: array(code) for name, code in (self.ROWS | self.TURNS).items()}
-        self.sketches = bytearray()
+        self._sketches = bytearray()
+        self._said: list[str] = []  # not sketched yet
+        self._characters = 0
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self.skips: defaultdict[str, Tally] = defaultdict(Tally)
         self.asked: Conversation | None = None
@@ -211,6 +221,7 @@ class Survey:
 
     def begin(self, rows: Sequence[Row], format: str) -> None:
         """The first rows of a file, for what most of them share."""
+        self._sketch()
         said = [read_row(row, format, self.facts.settings) for row in rows]
         shared = frequent_grams(loose(one.conversation) for one in said if not one.reason)
         self.frequent = np.union1d(self.frequent, shared)
@@ -247,7 +258,21 @@ class Survey:
             self.columns[name].append(value)
         self.columns["given"].extend(len(turn.prompt) for turn in one.turns)
         self.columns["learned"].extend(0 if is_label else len(turn.answer) + 1 for turn in one.turns)
-        self.sketches += sketch(grams(said), self.frequent)
+        self._said.append(said)
+        self._characters += len(said)
+        if self._characters > TOGETHER:
+            self._sketch()
+
+    @property
+    def sketches(self) -> bytearray:
+        """32 bytes a row."""
+        self._sketch()
+        return self._sketches
+
+    def _sketch(self) -> None:
+        """Of what was said since the last time."""
+        self._sketches += sketches_of(self._said, self.frequent)
+        self._said, self._characters = [], 0
 
     def _weighed(self, row: Row) -> bool:
         try:
@@ -277,7 +302,7 @@ class Survey:
             values = np.frombuffer(column, _dtype(column)) if len(column) else np.zeros(0, _dtype(column))
             values = files[values] if name == "file" else words[values] if name == "label" else values
             self.columns[name].frombytes(values.astype(_dtype(column)).tobytes())
-        self.sketches += later.sketches
+        self.sketches.extend(later.sketches)
         self.rows += later.rows
         self.skipped += later.skipped
         self.asked = self.asked or later.asked
@@ -542,4 +567,5 @@ class Surveyor:
         said = [read_row(row, format, self.facts.settings) for row in rows]
         for one in encode_rows(said, self.template, self.model_limit, self.classified):
             survey.add(refuse_unknown(one, self.words) if self.words else one)
+        survey._sketch()  # it may go to another process, without what was said
         return survey
