@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -103,6 +104,7 @@ def check(
     from weitiao.screen import Screen, quiet_libraries
 
     quiet_libraries()
+    gc.set_threshold(100_000)  # what is imported stays; looking through it for garbage takes a tenth of the start
     from weitiao.train import check as checking
     from weitiao.train import folder
 
