@@ -137,10 +137,11 @@ def plan(
     """Tell what a run will need, memory term by term, time and disk; without loading the model."""
     from weitiao import config
 
-    refuse_slips(what or [], "plan")
-    words = join_options(what or [])
+    in_front, words = rows_first(what or [])
+    refuse_slips(words)
+    words = join_options(words)
     first = words.pop(0) if words and "=" not in words[0] else None
-    values = config.gather(first, words, **{"model.name": model, "data.train": data or None})
+    values = config.gather(first, words, **{"model.name": model, "data.train": [*in_front, *(data or [])] or None})
     if not config.names_rows(values):
         values |= {"data": {**(values.get("data") or {}), "train": "none"}}
     settings = config.parse(values)

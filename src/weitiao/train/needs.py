@@ -136,7 +136,7 @@ class Subject:
     paths: Paths
     tokenizer: Any = None
     own_method: Method | None = None
-    lines: dict[Any, Line] = field(default_factory=dict)
+    lines: dict[Any, Line] = field(default_factory=dict)  # those traced so far; passes of other rows are told from them too
 
     @functools.cached_property
     def method(self) -> Method:
@@ -220,6 +220,16 @@ def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
         raise NoPlan(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}") from error
 
 
+def standing(subject: Subject, target: Target) -> int:
+    """Bytes of weights, gradients and Adam's state, without anything that passes: no run needs less. Nothing is traced."""
+    case = subject.case(target, "trie", False)
+    attached, _ = build_model(case, subject.config.get_text_config().num_hidden_layers)
+    weights = sum(p.numel() * p.element_size() for p in attached.parameters())
+    trained = sum(p.numel() * p.element_size() for p in attached.parameters() if p.requires_grad)
+    adam = "adamw_torch" in subject.settings.training.optimizer or subject.settings.training.optimizer in ("adam", "adamw")
+    return weights + trained * (3 if adam else 1)
+
+
 def _layout(subject: Subject, target: Target) -> str:
     """trie, unless something stands against it that can be seen without weights."""
     asked = subject.settings.training.layout
@@ -282,7 +292,9 @@ def _line(subject: Subject, target: Target, layout: str, checkpointing: bool, ro
     case = subject.case(target, layout, checkpointing)
     rows = _few_segments(case, subject, rows)
     half = list(rows[: len(rows) // 2]) if len(rows) > 1 else [_part(row, max(2, len(row) // 2)) for row in rows]
-    key = (layout, checkpointing, target.kind, case.compute, accumulates, sum(map(len, rows)), subject.nodes(rows, layout))
+    training = subject.settings.training
+    key = (layout, checkpointing, target.kind, case.compute, accumulates, subject.settings.model.model_dump_json(),
+           subject.settings.method.model_dump_json(), training.optimizer, training.optimizer_options)
     if key not in subject.lines:
         traces = tuple(trace(case, some, accumulates, subject.uniform) for some in (half, rows))
         sizes = tuple((subject.nodes(some, layout), edges_of(some)) for some in (half, rows))

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from weitiao.model.source import EMBEDDED
 from weitiao.screen import Screen, duration, format_bytes
 from weitiao.train.check import room_and_vocabulary
 from weitiao.train.devices import device_named
-from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
+from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs, standing
 from weitiao.train.tree import folder_of
 from weitiao.trie import Example
 
@@ -214,7 +215,7 @@ def under(subject: Subject, settings: Settings) -> Subject:
     method = METHODS[settings.method.name]
     if settings.tokens.add:  # the tokenizer knows them already
         method = WithTokens(method, subject.tokenizer.convert_tokens_to_ids(list(settings.tokens.add)))
-    return Subject(settings, subject.config, paths, subject.tokenizer, method)
+    return Subject(settings, subject.config, paths, subject.tokenizer, method, subject.lines)
 
 
 def installed(words: Mapping[str, Any]) -> bool:
@@ -228,12 +229,10 @@ def change_that_fits(subject: Subject, target: Target, progress: Any = lambda it
         settings = changed(subject.settings, change.words)
         if settings is None or not installed(change.words):
             continue
-        try:
-            planned = needs(under(subject, settings), target)
-        except (NoPlan, SettingError):
-            continue
-        if planned.fits:
-            return change, planned
+        with contextlib.suppress(NoPlan, SettingError):
+            other = under(subject, settings)
+            if standing(other, target) < target.available and (planned := needs(other, target)).fits:
+                return change, planned
     return None
 
 
@@ -243,19 +242,35 @@ def nearest_fit(subject: Subject, target: Target) -> str:
     return f"{found[0]}, {format_bytes(found[1].peak)} ({found[0].cost})" if found else ""
 
 
-def ways(subject: Subject, target: Target) -> Iterator[tuple[str, Settings, Plan]]:
-    for name, words in WAYS:
-        settings = changed(subject.settings, words) or (subject.settings if _same(subject.settings, words) else None)
-        if settings is None or not installed(words):
-            continue
-        try:
-            yield name, settings, needs(under(subject, settings), target)
-        except (NoPlan, SettingError):
-            continue
+@dataclass(frozen=True)
+class Way:
+    """One of WAYS under these settings. least: bytes that it cannot do without; planned: None where those are too many already."""
+
+    name: str
+    least: int
+    planned: Plan | None
+
+    @property
+    def fits(self) -> bool:
+        return self.planned is not None and self.planned.fits
 
 
-def _same(settings: Settings, words: Mapping[str, Any]) -> bool:
-    return changed(settings, words) is None and settings.method.name == words["method"]
+def ways(subject: Subject, target: Target, progress: Any = lambda items, what: items) -> list[Way]:
+    """What fits first, best first; then what does not."""
+    found: list[Way] = []
+    seen = set()
+    for name, words in progress(WAYS, "Looking for what fits"):
+        settings = changed(subject.settings, words) or subject.settings
+        if not installed(words):
+            continue
+        with contextlib.suppress(NoPlan, SettingError):
+            other = under(subject, settings)
+            kind = (settings.method.name, settings.model.quantize, settings.training.optimizer, target.compute(settings, other.method.TRAINS_ALL))
+            if kind not in seen:
+                seen.add(kind)
+                least = standing(other, target)
+                found.append(Way(name, least, needs(other, target) if least < target.available else None))
+    return sorted(found, key=lambda way: not way.fits)
 
 
 # ---------------------------------------------------------------------------------------------------------------- telling
@@ -299,10 +314,11 @@ def show_ways(subject: Subject, target: Target, screen: Screen, change: tuple[Ch
     elif not wanted.fits:
         screen.tell("No single change of those that are tried makes it fit.", style="yellow")
     lines = []
-    for name, settings, planned in screen.progress(list(ways(subject, target)), "Looking for what fits"):
-        lines.append((name, format_bytes(planned.peak), "yes" if planned.fits else "no", "recomputed" if planned.checkpointing else "kept",
-                      f"{planned.budget:,}" if planned.fits else "", duration(planned.seconds) if planned.seconds is not None and planned.fits else ""))
-    lines.sort(key=lambda line: line[2] == "no")  # what fits first; each part stays best first
+    for way in ways(subject, target, screen.progress):
+        planned = way.planned
+        size = format_bytes(planned.peak) if planned else f"over {format_bytes(way.least)}"
+        fitting = ("recomputed" if planned.checkpointing else "kept", f"{planned.budget:,}",
+                   duration(planned.seconds) if planned.seconds is not None else "") if planned and way.fits else ("", "", "")
+        lines.append((way.name, size, "yes" if way.fits else "no", *fitting))
     screen.tell()
     screen.grid(["best first", "needs", "fits", "activations", "nodes a pass", "an epoch"], lines, title=f"{subject.settings.model.name} on {target.name}")
-
