@@ -32,7 +32,7 @@ def commands(readme: Path) -> list[list[str]]:
 def test_every_command_and_option_exists(readme):
     known = typer.main.get_command(app).commands
     found = commands(readme)
-    assert {words[0] for words in found} >= {"demo", "train", "check", "chat", "generate", "evaluate", "merge", "export", "prove"}
+    assert {words[0] for words in found} >= {"demo", "train", "check", "plan", "chat", "generate", "evaluate", "merge", "export", "prove"}
     for words in found:
         options = {o for p in known[words[0]].params for o in p.opts}
         assert {w for w in words if w.startswith("--")} <= options, words
@@ -68,7 +68,7 @@ def test_the_commands_run_as_they_stand(model_folder, rows_file, tmp_path, monke
         if words[0] == "demo":  # measured by hand: it takes minutes
             continue
         words = [{"RUN": run, "Qwen/Qwen2.5-0.5B-Instruct": str(model_folder)}.get(word, word) for word in words]
-        if words[0] in ("train", "check") and "--data" in words and "--model" not in words:
+        if words[0] in ("train", "check", "plan") and "--data" in words and "--model" not in words:
             words += ["--model", str(model_folder), "data.eval_share=0.2"]
         if "reviews.jsonl" in words:  # to the tiny tokenizer a letter is a token
             words += ["data.label_scoring=sequence"]
@@ -78,7 +78,7 @@ def test_the_commands_run_as_they_stand(model_folder, rows_file, tmp_path, monke
         except SystemExit as stop:
             assert not stop.code, (words, capsys.readouterr().err)
         done.add(words[0])
-    assert done == {"train", "check", "chat", "generate", "evaluate", "merge", "export", "prove"}
+    assert done == {"train", "check", "plan", "chat", "generate", "evaluate", "merge", "export", "prove"}
     loras = [Path(run).name, *(f"{Path(run).name}-{i}" for i in range(2, 6))]
     others = [f"rows-{method}-{model_folder.name}" for method in ("prefix", "prompt")]
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [f"reviews-lora-{model_folder.name}", *loras, *others]

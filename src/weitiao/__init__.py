@@ -1,6 +1,6 @@
 """weitiao (微调): fine-tune Hugging Face causal language models.
 
-                                                         ┌─ survey ── check
+                                                         ┌─ survey ── check        trace ── needs ── plan
     rows.jsonl ── rows ── formats ── templates ── tokens ┴─ packing ── batch ┐
                                                                              ├─ loop ── run folder ── chat, evaluate, merge
     smollm2-135m ── source ── load ── methods ── attention ──────────────────┘

@@ -192,23 +192,24 @@ class Packed(nn.Linear):
         self.weight = nn.Parameter(torch.empty(packed_bytes(self.in_features * self.out_features, settings), dtype=torch.uint8), requires_grad=False)
         self.bias = bias
         self.scales = nn.Parameter(torch.empty(scale_bytes(features, settings), dtype=torch.uint8), requires_grad=False)
-        self.clones = settings.quantize != "int8"  # PEFT copies what a 4-bit layer puts out before it adds to it
+        # PEFT copies what a 4-bit layer puts out before it adds to it; bitsandbytes keeps what goes into an 8-bit one.
+        self.clones, self.keeps = settings.quantize != "int8", settings.quantize == "int8"
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        out = _PackedProduct.apply(inputs.to(self.compute), self.weight, (self.out_features, self.in_features))
+        out = _PackedProduct.apply(inputs.to(self.compute), self.weight, (self.out_features, self.in_features), self.keeps)
         out = out if self.bias is None else out + self.bias.to(out.dtype)
         return (out.clone() if self.clones else out).to(inputs.dtype)
 
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, packed, shape):
-        ctx.shape = shape
+    def forward(ctx, inputs, packed, shape, keeps):
+        ctx.shape, ctx.inputs = shape, inputs if keeps else None
         return F.linear(inputs, inputs.new_empty(shape))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ grad.new_empty(ctx.shape), None, None
+        return grad @ grad.new_empty(ctx.shape), None, None, None
 
 
 def packed_bytes(weights: int, settings: ModelSettings) -> int:

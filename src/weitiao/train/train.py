@@ -13,7 +13,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,10 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     if layout != "padded":
         layout, proof = prove_layout(job, screen)
     if job.planned and job.planned.layout != layout:
+        proven = job.planned.parts["proof"]
         job.planned = plan_of(job.subject, job.accelerator, screen, layout)
+        if job.planned:
+            job.planned = replace(job.planned, parts=job.planned.parts | {"proof": proven})
     checkpointing = settle_checkpointing(job, screen)
     budget = training.nodes_per_pass or (job.planned.budget if job.planned else memory.LEAST_NODES)
     name = job.settings.model.name

@@ -1,0 +1,158 @@
+"""What a run needs: what is settled so that it fits, and when it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from weitiao.config import parse
+from weitiao.model.known import known_config
+from weitiao.train import memory
+from weitiao.train.devices import device_named
+from weitiao.train.needs import FRAMEWORK, NoPlan, Subject, Target, needs, standing
+from weitiao.train.plan import CHANGES, WAYS, change_that_fits, changed, made_up, ways
+
+ROOMY = Target("a test", "cpu", 1 << 40, flops={"single": 1e11, "half": 2e11}, bandwidth=1e10)
+
+
+def subject(config=None, tokens: int = 48, rows: int = 64, **words) -> Subject:
+    return Subject(parse({"data": "none", **words}), config or tiny_config("llama"), made_up(tokens, rows))
+
+
+def test_terms_are_a_step_and_parts_hold_them():
+    planned = needs(subject(method="full"), ROOMY)
+    parameters = planned.total
+    assert planned.trainable == parameters
+    assert planned.terms["weights"] == pytest.approx(4 * parameters, rel=0.01)
+    assert planned.terms["optimizer"] == pytest.approx(8 * parameters, rel=0.01)
+    assert sum(planned.terms.values()) == planned.parts["steps"] and planned.peak == max(planned.parts.values())
+    assert planned.fits and planned.steps == 12 and planned.tokens == 48 * 64
+    assert planned.disk["a checkpoint"] == pytest.approx(12 * parameters, rel=0.01)
+
+
+def test_the_largest_pass_of_the_run_is_planned():
+    """One row of 200 tokens among short ones is in the pass that is told."""
+    short, long = made_up(16, 31), made_up(200, 1)
+    mixed = Subject(parse({"data": "none", "training": {"batch_size": 4}}), tiny_config("llama"), [*short, *long])
+    planned = needs(mixed, ROOMY)
+    assert 200 < planned.largest <= 200 + 3 * 16
+    assert planned.peak > needs(Subject(mixed.settings, mixed.config, short), ROOMY).peak
+
+
+def test_more_memory_larger_passes_and_less_memory_smaller_ones():
+    wanted = subject(known_config("HuggingFaceTB/SmolLM2-135M-Instruct"), tokens=256, rows=64, training={"batch_size": 64, "precision": "bf16"})
+    roomy = needs(wanted, dataclasses.replace(ROOMY, gives_back=True))
+    tight = needs(wanted, dataclasses.replace(ROOMY, gives_back=True, available=roomy.peak // 2))
+    assert roomy.budget == memory.MOST_NODES["cpu"] > tight.budget
+    assert tight.fits and tight.peak <= roomy.peak // 2
+
+
+def test_freed_memory_is_given_back_and_activations_are_recomputed_only_where_it_must_be():
+    wanted = subject(known_config("HuggingFaceTB/SmolLM2-135M-Instruct"), tokens=1024, rows=8)
+    roomy = needs(wanted, ROOMY)
+    assert not roomy.gives_back and not roomy.checkpointing and roomy.kept > 0
+    at_once = needs(wanted, dataclasses.replace(ROOMY, available=2_300 << 20))
+    assert at_once.gives_back and at_once.kept == 0
+    least = needs(wanted, dataclasses.replace(ROOMY, available=1_400 << 20))
+    assert least.checkpointing and least.gives_back
+    asked = needs(subject(wanted.config, 1024, 8, training={"checkpointing": False}), dataclasses.replace(ROOMY, available=1_400 << 20))
+    assert not asked.checkpointing and not asked.fits
+
+
+def test_any_size_of_pass_is_told_from_two():
+    """A pass that was not traced = the same pass traced."""
+    from weitiao.train.needs import _line, edges_of
+    from weitiao.train.trace import trace
+
+    wanted = subject(tokens=64, rows=64)
+    rows = [path for row in wanted.paths for path in row]
+    line = _line(wanted, ROOMY, "trie", False, rows[:32], False)
+    for count in (8, 20, 60):
+        told = line.at(wanted.nodes(rows[:count], "trie"), edges_of(rows[:count]))
+        traced = trace(wanted.case(ROOMY, "trie", False), rows[:count])
+        assert told.peak == pytest.approx(traced.peak, rel=0.01)
+        assert told.terms["logits"] == pytest.approx(traced.terms["logits"], rel=0.02)
+
+
+def test_a_model_that_cannot_be_run_without_numbers_has_no_plan(monkeypatch):
+    from weitiao.train import needs as module
+
+    monkeypatch.setattr(module, "trace", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("data-dependent\nmore")))
+    with pytest.raises(NoPlan, match="RuntimeError: data-dependent$"):
+        needs(subject(), ROOMY)
+
+
+def test_a_gpu_is_told_in_half_precision_and_by_its_own_memory():
+    turing = needs(subject(), Target.of_gpu(device_named("T4")))
+    ampere = needs(subject(), Target.of_gpu(device_named("a100-40")))
+    assert (turing.compute, ampere.compute) == ("float16", "bfloat16")
+    assert turing.available < 15 << 30 < 38 << 30 < ampere.available
+    assert turing.seconds > ampere.seconds > 0
+    assert needs(subject(), Target.of_gpu(device_named("8GB"))).seconds is None
+
+
+def test_the_tutorials_figures():
+    """0.8B, all weights in float32 with Adam: 4 + 4 + 8 bytes a weight, and activations of 4 rows of 256 tokens; 8B is ten times that."""
+    from benchmarks.tutorial_memory import ANY, RECIPE, TOKENS, shapes
+
+    found = {}
+    for name, (told, config) in list(shapes().items())[:2]:
+        planned = needs(Subject(parse({"data": "none", **RECIPE}), config, made_up(TOKENS, 64)), ANY)
+        assert planned.terms["weights"] + planned.terms["gradients"] + planned.terms["optimizer"] == pytest.approx(16 * planned.total, rel=0.01)
+        found[told] = sum(planned.terms.values()) / 1e9
+    assert 15 < found[18] < 18 and 150 < found[180] < 180
+
+
+def test_a_change_leaves_the_rest_as_it_was():
+    settings = parse({"data": "none", "method": "full", "training": {"learning_rate": 1e-5, "batch_size": 7}})
+    lora = changed(settings, {"method": "lora", "model.quantize": "nf4"})
+    assert lora.method.name == "lora" and lora.model.quantize == "nf4" and lora.training.batch_size == 7
+    assert lora.training.learning_rate is None  # it was found for another method
+    assert changed(settings, {"method": "full"}) is None
+    assert changed(settings, {"model.quantize": "nf4"}) is None  # full tuning wants plain weights
+
+
+def test_every_change_and_way_is_made_of_settings():
+    settings = parse({"data": "none", "training": {"nodes_per_pass": 64}, "model": {"dtype": "float32"}})
+    full = parse({"data": "none", "method": "full"})
+    for words in [*(change.words for change in CHANGES), *(words for _, words in WAYS)]:
+        assert changed(settings, words) or changed(full, words), words
+
+
+def test_the_first_change_that_fits_is_told():
+    wanted = subject(known_config("HuggingFaceTB/SmolLM2-135M-Instruct"), tokens=64, rows=16, method="full")
+    target = dataclasses.replace(ROOMY, available=1_500 << 20, gives_back=True)
+    assert not needs(wanted, target).fits
+    change, planned = change_that_fits(wanted, target)
+    assert planned.fits and standing(wanted, target) > target.available
+    assert "method" in change.words or "training.optimizer" in change.words
+    assert change_that_fits(wanted, dataclasses.replace(target, available=100 << 20)) is None
+
+
+def test_ways_are_told_best_first_and_those_that_fit_before_the_others():
+    wanted = subject(known_config("HuggingFaceTB/SmolLM2-135M-Instruct"), tokens=64, rows=16)
+    found = ways(wanted, dataclasses.replace(ROOMY, available=1_500 << 20, gives_back=True))
+    fits = [way.fits for way in found]
+    assert fits == sorted(fits, reverse=True) and any(fits) and not all(fits)
+    assert [way.name for way in found if way.fits][0] in ("all weights, 8-bit optimizer", "LoRA")
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "mixtral", "bloom", "gpt2", "gemma3", "qwen2"])
+def test_other_architectures_are_planned_or_say_why_not(architecture):
+    planned = needs(subject(tiny_config(architecture)), ROOMY)
+    assert planned.peak > FRAMEWORK["cpu"] and np.isfinite(planned.seconds)
+    assert planned.layout == ("padded" if architecture in ("gemma2",) else planned.layout)
+
+
+def test_planning_leaves_random_numbers_and_attention_as_they_were():
+    from weitiao.model import attention
+
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    needs(subject(), ROOMY)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert attention._assumed is None
