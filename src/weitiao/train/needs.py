@@ -338,7 +338,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     trainable, total = count_parameters(subject.whole)
     return Plan(
         target.name, target.available, str(case.compute)[6:], layout, checkpointing, budget, nodes, terms,
-        {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms), "steps": sum(terms.values())},
+        {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms, budget), "steps": sum(terms.values())},
         round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
         len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
         _seconds(case, subject, target, traced, rows, nodes, total_nodes), _disk(settings, method, traced, trainable, total),
@@ -381,11 +381,11 @@ def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, t
     return held + (0 if stored is dtype and case.settings.model.quantize == "none" else total * stored.itemsize)
 
 
-def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int]) -> int:
+def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budget: int) -> int:
     """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
     if case.layout != "trie":
         return 0
-    rows = picked(subject.step(1))
+    rows = picked(subject.step(1), budget)
     longest = max(map(len, rows))
     standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework"))
     gradients = line.traces[1].windows["optimizer"].get("gradients", 0)

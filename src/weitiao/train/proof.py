@@ -59,14 +59,17 @@ class Proof:
         return asdict(self)
 
 
-def prove(model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu") -> Proof:
+def prove(
+    model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu", most_tokens: int | None = None,
+) -> Proof:
     """Measure the three on at most `ROWS` examples.
 
     Args:
         model: with its method attached and the keyword `trie` taught; not wrapped for several processes.
         compute: what it computes in; bf16 on float32 weights runs under autocast, as in training.
+        most_tokens: of the examples together, where memory holds fewer than usual.
     """
-    examples = picked(examples)
+    examples = picked(examples, most_tokens)
     few = build(examples[:LEAK_ROWS])
     trie = build(examples)
     facts = {"rows": len(examples), "nodes": len(trie), "row_tokens": sum(len(e) for e in examples)}
@@ -186,13 +189,14 @@ def _gradients(
     model.zero_grad(set_to_none=True)
 
 
-def picked(examples: Sequence[Example]) -> list[Example]:
+def picked(examples: Sequence[Example], most_tokens: int | None = None) -> list[Example]:
     """The shortest few, since a proof costs passes, and the longest that is bearable, since windows show only there."""
+    tokens = min(TOKENS, most_tokens or TOKENS)
     by_length = sorted(examples, key=len)
     few = by_length[:ROWS]
-    while len(few) > 2 and sum(map(len, few)) > TOKENS:
+    while len(few) > 2 and sum(map(len, few)) > tokens:
         few.pop()
-    room = min(LONGEST, TOKENS - sum(map(len, few[:-1])))
+    room = min(LONGEST, tokens - sum(map(len, few[:-1])))
     bearable = [e for e in by_length[len(few) :] if len(e) <= room]
     return few[:-1] + (bearable[-1:] or few[-1:])
 

@@ -318,7 +318,7 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     first = [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
-        proof = prove(job.model, first, job.compute, str(job.accelerator.device))
+        proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None)
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(
