@@ -279,3 +279,7 @@ def test_real_clean_rows_misread_are_found(shared):
         told = [bool({name, "mixed_encodings", "lost_characters"} & set(find_all(answered(s), conversation_of(answered(s)))))
                 for s in map(spoil, answers)]
         assert sum(told) >= 0.98 * len(told), f"{name}: {sum(told)} of {len(told)}"
+
+
+def test_a_number_longer_than_python_reads_is_json_all_the_same():
+    assert not [name for name in findings(answered('{"n": ' + "1" * 5000 + "}")) if name.startswith("json")]

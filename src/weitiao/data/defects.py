@@ -370,6 +370,8 @@ def _json_defects(answer: str) -> dict[str, str]:
         return {"json_broken": f"{error.msg} at character {error.pos + 1}: {around(text, error.pos, error.pos + 1)}"}
     except RecursionError:
         return {"json_broken": "nested too deeply"}
+    except ValueError:  # a number of more digits than Python reads: JSON all the same
+        return {}
     return {"json_and_more": around(text, end, end + 2 * AROUND)} if end < len(text) else {}
 
 
