@@ -60,6 +60,11 @@ def test_nothing_is_said_of_what_fits(method, find):
     assert find(f"method={method}", *fitting, rows=1000) == {}
 
 
+def test_a_model_that_wants_numbers_stops_no_training(find):
+    """A prefix that begins as tokens runs the model, and GPT-2 asks for a number on the way, which the meta device has none of."""
+    assert find("method=prefix", "method.virtual_tokens=8", model="gpt2", rows=1000) == {}
+
+
 # ------------------------------------------------------------------------------------------------------------ the tokens
 
 

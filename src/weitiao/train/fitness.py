@@ -380,6 +380,8 @@ def _refused(fit: Fit) -> Facts | None:
             METHODS[chosen.name].attach(fit.model, chosen, fit.settings.training.seed, fit.tokenizer)
     except SettingError as refusal:
         return {"found": f"{refusal.found} {refusal.expected}".strip(), "next": refusal.next_step or "Mend that setting, or choose method=lora."}
+    except Exception:  # a model's own code, which may want numbers: a training finds out with its weights
+        return None
     return None
 
 
