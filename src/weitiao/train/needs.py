@@ -21,7 +21,7 @@ import torch
 
 from weitiao.config import Settings
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
-from weitiao.errors import WeitiaoError
+from weitiao.errors import SettingError
 from weitiao.model import load as loading
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
@@ -149,7 +149,7 @@ class Subject:
     @functools.cached_property
     def whole(self) -> torch.nn.Module:
         """All layers with the method attached, on the meta device."""
-        case = Case(self.config, self.settings, self.method, torch.float32, False, self.settings.training.layout)
+        case = Case(self.config, self.settings, self.method, torch.float32, False, self.settings.training.layout, tokenizer=self.tokenizer)
         return build_model(case, self.config.get_text_config().num_hidden_layers)[0]
 
     @functools.cached_property
@@ -214,9 +214,9 @@ def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
         if not planned.fits and asked is None:
             planned = _plan(subject, target, layout, True)
         return planned
-    except WeitiaoError:
+    except SettingError:
         raise
-    except Exception as error:  # a model's own code, which may do anything
+    except Exception as error:  # a model's own code, which may do anything, and may not take fewer layers
         raise NoPlan(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}") from error
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,7 +244,7 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
     batch = _batch(case, rows)
     learned = batch["weights"].flatten().nonzero()[:, 0] if case.layout == "padded" else None
     lives = Lives()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, attention.as_on(case.device):
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as fake, attention.as_on(case.device):
         _off_meta(attached)
         batch = {key: _fake(value, fake) for key, value in batch.items()}
         _seed(lives, attached, case)
@@ -271,6 +272,17 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
     for name in windows:  # from the second step on the state is there all the time
         windows[name]["optimizer"] = state
     return Trace({name: dict(windows[name]) for name in WINDOWS if name in windows}, *lives.works())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own report of an operation that fake tensors cannot do, a page long: it comes as an exception besides."""
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    before, told.disabled = told.disabled, True
+    try:
+        yield
+    finally:
+        told.disabled = before
 
 
 def _batch(case: Case, rows: Sequence[Example]) -> dict[str, Any]:
