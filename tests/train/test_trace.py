@@ -147,6 +147,13 @@ def test_an_optimizer_that_cannot_be_traced_is_tried_on_a_small_tensor():
     assert tracing.state_by_experiment(parameters, made) == pytest.approx(8 * 6450, rel=0.01)
 
 
+def test_a_state_in_8_bits_takes_less():
+    pytest.importorskip("bitsandbytes", reason="it brings the optimizer")
+    plain, packed = (trace(case("llama", layers=4, method="full", training={"optimizer": name}), rows()) for name in ("adamw", "adamw_bnb_8bit"))
+    share = packed.windows["optimizer"]["optimizer"] / plain.windows["optimizer"]["optimizer"]
+    assert 0.25 <= share < 0.8  # matrices of less than 4,096 weights, as most of this model's, stay in float32
+
+
 def test_two_segments_stand_for_many():
     from weitiao.data.batch import trie_batch
     from weitiao.trie import build

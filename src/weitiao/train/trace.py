@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,8 +248,9 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
         _off_meta(attached)
         batch = {key: _fake(value, fake) for key, value in batch.items()}
         _seed(lives, attached, case)
-        optimizer = make_optimizer(attached, case.settings.training, case.settings.learning_rate,
-                                   rate_factor=lambda name: case.method.rate_factor(name, case.settings.method), decays=case.method.decays)
+        with unset_fake_temporarily():  # bitsandbytes' make tables, whose numbers they look at
+            optimizer = make_optimizer(attached, case.settings.training, case.settings.learning_rate,
+                                       rate_factor=lambda name: case.method.rate_factor(name, case.settings.method), decays=case.method.decays)
         if case.device == "cuda":
             _as_on_a_gpu(optimizer)
         attached.train()
@@ -423,8 +424,6 @@ def _state_of(shape: tuple[int, ...], dtype: torch.dtype, training: str) -> int:
 
 def state_by_experiment(trained: Sequence[nn.Parameter], case: Case) -> int:
     """A real step on a small tensor of each number of dimensions; its state a weight is taken for the rest."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     small = {1: (8192,), 2: (128, 128)}
     total = 0.0
     with unset_fake_temporarily():
