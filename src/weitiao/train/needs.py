@@ -129,7 +129,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is planned. stored: in what the checkpoint holds its weights, where that is known."""
+    """What is planned. lines: those that were traced, shared between ways of the same rows."""
 
     settings: Settings
     config: Any
