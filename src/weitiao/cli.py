@@ -128,26 +128,35 @@ def plan(
     what: Annotated[list[str] | None, typer.Argument(help="A YAML file of settings; then settings such as method=full.", metavar="[FILE.yaml] [name=value]...")] = None,
     model: Annotated[str | None, typer.Option(help="Short for model.name=…; a config.json, or the id of a well-known model, is enough.  [default: smollm2-135m]", show_default=False)] = None,
     data: Annotated[list[str] | None, typer.Option(help="Short for data.train=…: the rows to learn from.  [default: made-up ones]", show_default=False)] = None,
-    tokens: Annotated[int | None, typer.Option(help="Without rows: how long each is.  [default: 512]", min=8, show_default=False)] = None,
-    rows: Annotated[int | None, typer.Option(help="Without rows: how many.  [default: 1,000]", min=1, show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of made-up rows, in the place of a YAML file's: how long each is.  [default: 512]", min=8, show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(help="Of made-up rows: how many.  [default: 1,000]", min=1, show_default=False)] = None,
     gpu: Annotated[str | None, typer.Option(help="For a GPU by name (4090, a100-40, …) or size (24GB).  [default: what is here]", show_default=False)] = None,
     memory: Annotated[str | None, typer.Option(help="So much is there, such as 8GB: list what fits, best first.", show_default=False)] = None,
     json: Annotated[str | None, typer.Option("--json", help="Write the plan here, as JSON.", metavar="FILE")] = None,
 ) -> None:
     """Tell what a run will need, memory term by term, time and disk; without loading the model."""
     from weitiao import config
+    from weitiao.errors import SettingError
 
     in_front, words = rows_first(what or [])
     refuse_slips(words)
     words = join_options(words)
     first = words.pop(0) if words and "=" not in words[0] else None
     values = config.gather(first, words, **{"model.name": model, "data.train": [*in_front, *(data or [])] or None})
-    if not config.names_rows(values):
+    made_up = bool(tokens or rows)  # in the place of a YAML file's, which need not be here
+    if made_up and (in_front or data or any(word.startswith("data.train=") for word in words)):
+        raise SettingError("--tokens and --rows make rows up, and rows are named too.", "Expected the one or the other.",
+                           "Leave --tokens and --rows out, or the rows.")
+    if made_up or not config.names_rows(values):
         values |= {"data": {**(values.get("data") or {}), "train": "none"}}
     settings = config.parse(values)
     from weitiao.screen import Screen, quiet_libraries
 
     quiet_libraries()
+    from weitiao.train import folder
+
+    if json:
+        folder.refuse_unwritable(Path(json), "plan.json")
     from weitiao.train import plan as planning
 
     planned = planning.plan(settings, Screen(), tokens, rows, gpu, memory, json)
@@ -316,7 +325,8 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # typer ends so, in silence, on Ctrl-C
-            typer.echo("\nStopped. A run that had taken its first step goes on with: weitiao train RUN --resume", err=True)
+            trains = sys.argv[1:2] in (["train"], ["demo"])
+            typer.echo("\nStopped." + " A run that had taken its first step goes on with: weitiao train RUN --resume" * trains, err=True)
         raise
     except WeitiaoError as mistake:
         from weitiao.screen import error

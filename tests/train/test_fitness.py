@@ -274,6 +274,7 @@ def test_a_warmup_as_long_as_the_run(warmup, find):
 
 def test_a_batch_of_all_rows(find):
     only(find("training.batch_size=64", rows=40), "batch_of_all", "more than the 40 rows there are: an epoch is one step, and the run has 3", "Lower")
+    only(find("training.batch_size=64", rows=1), "batch_of_all", "more than the 1 row there is: an epoch", "Lower")
 
 
 def test_few_steps(find):

@@ -451,7 +451,10 @@ def _all_warmup(fit: Fit) -> Facts | None:
 
 def _batch_of_all(fit: Fit) -> Facts | None:
     batch = fit.settings.training.batch_size
-    return {"batch": batch, "rows": fit.rows, "steps": fit.schedule.steps} if fit.schedule and batch > fit.rows else None
+    if not fit.schedule or batch <= fit.rows:
+        return None
+    rows, are = (f"{fit.rows:,} rows", "are") if fit.rows > 1 else ("1 row", "is")
+    return {"batch": batch, "rows": rows, "are": are, "steps": fit.schedule.steps}
 
 
 FEW_STEPS = 10
@@ -583,7 +586,7 @@ CHECKS: dict[str, Check] = {
         "warning", "training.warmup={warmup} takes {taken} of {steps} steps, in which the learning rate is still rising.",
         "Leave training.warmup out (0.03 of the steps), or set it to a tenth of them at most."), _all_warmup),
     "batch_of_all": Check(Kind(
-        "warning", "training.batch_size={batch} is more than the {rows} rows there are: an epoch is one step, and the run has {steps}.",
+        "warning", "training.batch_size={batch} is more than the {rows} there {are}: an epoch is one step, and the run has {steps}.",
         "Lower training.batch_size, to 8 or less for so few rows, or raise training.epochs."), _batch_of_all),
     "few_steps": Check(Kind(
         "note", "{rows} rows in batches of {batch}, {epochs} epochs: the run has {steps} steps, which is little to learn in.",

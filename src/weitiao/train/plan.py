@@ -29,7 +29,8 @@ from weitiao.model.methods.added import WithTokens
 from weitiao.model.source import EMBEDDED
 from weitiao.screen import Screen, duration, format_bytes
 from weitiao.train.check import room_and_vocabulary
-from weitiao.train.devices import device_named
+from weitiao.train.devices import device_named, parse_bytes
+from weitiao.train.folder import write_text
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs, standing
 from weitiao.train.tree import folder_of
 from weitiao.trie import Example
@@ -78,6 +79,8 @@ WAYS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("prefix on nf4, bf16", {"method": "prefix", "model.quantize": "nf4", "training.precision": "bf16"}),
 )
 
+WORTH_TELLING = 2**20 / 10  # bytes; less would be told as 0.0 MiB
+
 MEANINGS = {
     "weights": "of the model", "quantisation": "scales of the packed weights", "adapter": "what is trained beside them",
     "gradients": "of what is trained", "optimizer": "its state", "activations": "kept for the backward pass",
@@ -103,8 +106,9 @@ def plan(
     Raises:
         SourceError, SettingError: no such model, GPU or size; or the model cannot be planned.
     """
-    subject, note = subject_of(settings, screen, tokens, rows)
     target = target_of(gpu, memory)
+    subject, note = subject_of(settings, screen, tokens, rows)
+    screen.tell(f"Tracing a step of {settings.model.name}, without its weights …")
     try:
         wanted = needs(subject, target)
         show(wanted, subject, target, screen, note)
@@ -113,31 +117,36 @@ def plan(
     except NoPlan as reason:
         raise SourceError(f"{settings.model.name} cannot be planned: {reason}.", "Expected a causal language model of transformers.") from reason
     if file:
-        Path(file).write_text(json.dumps(wanted.as_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
+        write_text(Path(file), json.dumps(wanted.as_dict(), ensure_ascii=False, indent=2) + "\n")
     return wanted
 
 
 def target_of(gpu: str | None, memory: str | None) -> Target:
     if gpu or memory:
+        if memory:
+            parse_bytes(memory)  # a size, not a name
         device = device_named(gpu or memory)
         if gpu and memory:
             device = replace(device, memory=device_named(memory).memory)
-        return Target.of_gpu(device)
+        target = Target.of_gpu(device)
+        if target.available <= 0:
+            raise SettingError(f"{memory or gpu!r} of memory is less than a GPU's own libraries take.", "Expected at least 2GB.",
+                               "Give the size of the whole card, such as 8GB.")
+        return target
     return Target.here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def subject_of(settings: Settings, screen: Screen, tokens: int | None, rows: int | None) -> tuple[Subject, str]:
     """(what is planned, where its rows come from)"""
-    config, folder = config_of(settings, screen)
+    config, home = config_of(settings, screen)
     named = settings.data.train[0].path != NONE
+    tokenizer, note = _tokenizer(home, settings), ""
+    if tokenizer is None and (settings.tokens.add or getattr(settings.method, "text", None)):
+        raise SettingError(f"tokens.add and method.text want the tokenizer of {settings.model.name}, which is not here.",
+                           "Expected a folder with its tokenizer.", "Leave them out of the plan: they take next to nothing.")
     if not named:
         tokens, rows = tokens or TOKENS, rows or ROWS
-        tokenizer = _tokenizer(folder, settings)
-        if tokenizer is None and (settings.tokens.add or getattr(settings.method, "text", None)):
-            raise SettingError(f"tokens.add and method.text want the tokenizer of {settings.model.name}, which is not here.",
-                               "Expected a folder with its tokenizer.", "Leave them out of the plan: they take next to nothing.")
-        return Subject(settings, config, made_up(tokens, rows), tokenizer, method_of(settings, tokenizer)), f"{rows:,} made-up rows of {tokens:,} tokens, half of each learned"
-    tokenizer, note = _tokenizer(folder, settings), ""
+        return Subject(settings, config, made_up(tokens, rows), tokenizer, method_of(settings, tokenizer)), f"{rows:,} made-up row{'s' * (rows > 1)} of {tokens:,} tokens, half of each learned"
     if tokenizer is None:
         tokenizer = loading.load_tokenizer(folder_of(settings.model.model_copy(update={"name": "smollm2-135m"}), screen), settings.model)
         note = ", counted by smollm2-135m's tokenizer: its own is not here"
@@ -287,11 +296,11 @@ def show(planned: Plan, subject: Subject, target: Target, screen: Screen, rows: 
         ("on", f"{planned.target}, {format_bytes(planned.available)} free"),
     ])
     screen.table("Memory at the worst moment of a step", [
-        *((name, f"{format_bytes(size):>10}  {MEANINGS[name]}") for name, size in planned.terms.items()),
+        *((name, f"{format_bytes(size):>10}  {MEANINGS[name]}") for name, size in planned.terms.items() if size >= WORTH_TELLING),
         ("in all", f"{format_bytes(planned.parts['steps']):>10}  passes of up to {planned.largest:,} nodes"),
     ])
     others = [f"{name} {format_bytes(planned.parts[name])}" for name in ("load", "proof") if planned.parts[name]]
-    kept = f"; the allocator may keep {format_bytes(planned.kept)} beside it" if planned.kept else ""
+    kept = f"; the allocator may keep {format_bytes(planned.kept)} beside it" if planned.kept >= WORTH_TELLING else ""
     facts = [
         ("before that", ", ".join(others) + kept),
         ("work", f"{planned.steps:,} steps, {planned.epochs:.3g} times through the rows; {planned.tokens:,} tokens an epoch, "
@@ -299,7 +308,7 @@ def show(planned: Plan, subject: Subject, target: Target, screen: Screen, rows: 
         ("disk", ", ".join(f"{name} {format_bytes(size)}" for name, size in planned.disk.items())),
     ]
     if planned.seconds is not None:
-        facts.insert(2, ("time", f"about {duration(planned.seconds)} an epoch, {duration(planned.seconds * planned.epochs)} in all; measuring and saving come on top"))
+        facts.insert(2, ("time", f"{about(planned.seconds)} an epoch, {about(planned.seconds * planned.epochs)} in all; measuring and saving come on top"))
     screen.table("", facts)
     if planned.fits:
         screen.tell(f"\nIt fits: {format_bytes(planned.peak)} of {format_bytes(planned.available)}.", style="green")
@@ -321,4 +330,14 @@ def show_ways(subject: Subject, target: Target, screen: Screen, change: tuple[Ch
                    duration(planned.seconds) if planned.seconds is not None else "") if planned and way.fits else ("", "", "")
         lines.append((way.name, size, "yes" if way.fits else "no", *fitting))
     screen.tell()
-    screen.grid(["best first", "needs", "fits", "activations", "nodes a pass", "an epoch"], lines, title=f"{subject.settings.model.name} on {target.name}")
+    header = ["best first", "needs", "fits", "activations", "nodes a pass", "an epoch"]
+    if not any(line[-1] for line in lines):  # of a GPU known by its size alone
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    screen.grid(header, lines, title=f"{subject.settings.model.name} on {target.name}")
+
+
+def about(seconds: float) -> str:
+    """`about 42 s`, `about 2:51:00`, `less than 1 s`: no more exact than an estimate is."""
+    if seconds < 1:
+        return "less than 1 s"
+    return f"about {duration(seconds if seconds < 600 else round(seconds / 60) * 60)}"

@@ -140,9 +140,10 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
     subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer, method)
+    screen.tell(f"Planning the memory of {settings.model.name} …")
     planned = plan_of(subject, accelerator, screen)
     if planned and not force:
-        refuse_too_large(planned, subject, accelerator)
+        refuse_too_large(planned, subject, accelerator, screen)
     screen.tell(f"Loading {settings.model.name} …")
     if planned and planned.gives_back:
         memory.give_back_at_once()
@@ -171,13 +172,14 @@ def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | No
         return None
 
 
-def refuse_too_large(planned: Plan, subject: Subject, accelerator: Any) -> None:
+def refuse_too_large(planned: Plan, subject: Subject, accelerator: Any, screen: Screen) -> None:
     """Told before the weights are loaded, with the nearest that fits."""
     if planned.fits:
         return
     from weitiao.train.plan import nearest_fit
 
     terms = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(planned.terms.items(), key=lambda t: -t[1])[:4])
+    screen.tell("It would not fit into the memory that is free. Looking for what does …")
     nearest = nearest_fit(subject, Target.here(accelerator.device, accelerator.num_processes))
     raise SettingError(
         f"This run would need {format_bytes(planned.peak)} ({terms}), and {format_bytes(planned.available)} are free.",
