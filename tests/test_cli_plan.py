@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -65,3 +66,23 @@ def test_no_figure_is_nothing(plan, tmp_path):
 
 def test_a_time_is_no_more_exact_than_an_estimate():
     assert [about(s) for s in (0.2, 42, 185, 10304)] == ["less than 1 s", "about 42 s", "about 3:05", "about 2:52:00"]
+
+
+def test_a_run_that_does_not_fit_is_refused_and_goes_on_by_force(monkeypatch, capsys, tmp_path, model_folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weitiao.train.memory.free", lambda device: 2**20)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "What is {n}?", "completion": "A number."}}\n' for n in range(4)))
+    words = ["weitiao", "train", "--data", "rows.jsonl", "--model", str(model_folder), "--output", "run", "training.steps=1"]
+
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and "This run would need" in err and "--force trains all the same" in err
+    assert "Loading" not in out and not (tmp_path / "run").exists()
+
+    monkeypatch.setattr("sys.argv", [*words, "--force"])
+    with contextlib.suppress(SystemExit):
+        main()
+    out, _ = capsys.readouterr()
+    assert "It goes on, since --force was given" in out and "planned" in out and (tmp_path / "run/plan.json").is_file()

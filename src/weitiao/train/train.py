@@ -144,6 +144,8 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     planned = plan_of(subject, accelerator, screen)
     if planned and not force:
         refuse_too_large(planned, subject, accelerator, screen)
+    elif planned and not planned.fits:
+        screen.tell(f"This run would need {format_bytes(planned.peak)}, and {format_bytes(planned.available)} are free. It goes on, since --force was given.", style="yellow")
     screen.tell(f"Loading {settings.model.name} …")
     if planned and planned.gives_back:
         memory.give_back_at_once()
