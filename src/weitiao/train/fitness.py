@@ -103,7 +103,10 @@ def setting_findings(settings: Settings, template: Template, config: Any, rows: 
     fit = Fit(settings, template, config, rows)
     found = []
     for name, check in CHECKS.items():
-        facts = check.find(fit)
+        try:
+            facts = check.find(fit)
+        except Exception:  # a model's own code on the meta device may raise anything: what cannot be judged is no finding
+            continue
         if facts is not None:
             kind = check.kind
             found.append(Finding(name, kind.severity, kind.what.format(**facts), (), kind.cure.format(**facts)))

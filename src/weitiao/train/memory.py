@@ -127,3 +127,18 @@ def device_name(device: Any) -> str:
     import platform
 
     return platform.processor() or platform.machine() or "CPU"
+
+
+def guess(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool, padded: bool, device: Any, processes: int) -> int:
+    """Nodes of a pass, for a model that cannot be planned: half of what is free, over what a layer like Llama's with LoRA keeps of a node.
+
+    That is some 16 hidden vectors and 5 of the MLP's inner width; with checkpointing its input, and one layer's worth besides.
+    """
+    config = model.config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    layer = (16 * hidden + 5 * inner) * compute.itemsize
+    node = (layers * hidden * compute.itemsize + layer if checkpointing else layers * layer) + (16 * config.vocab_size if padded else 0)
+    kind = torch.device(device).type
+    room = free(device) / 2 / (processes if kind == "cpu" else 1)
+    return max(LEAST_NODES, min(MOST_NODES.get(kind, MOST_NODES["cuda"]), int(room / node) // 256 * 256))

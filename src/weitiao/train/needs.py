@@ -148,8 +148,9 @@ class Subject:
 
     @functools.cached_property
     def whole(self) -> torch.nn.Module:
-        """All layers with the method attached, on the meta device."""
-        case = Case(self.config, self.settings, self.method, torch.float32, False, self.settings.training.layout, tokenizer=self.tokenizer)
+        """All layers with the method attached, on the meta device; not packed, so that its weights can be counted."""
+        plain = self.settings.model_copy(update={"model": self.settings.model.model_copy(update={"quantize": "none"})})
+        case = Case(self.config, plain, self.method, torch.float32, False, plain.training.layout, tokenizer=self.tokenizer)
         return build_model(case, self.config.get_text_config().num_hidden_layers)[0]
 
     @functools.cached_property
@@ -204,6 +205,11 @@ def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
         NoPlan: the model cannot be built or run without numbers.
         SettingError: the method does not suit the model.
     """
+    with torch.random.fork_rng(devices=[]):  # a method that is attached draws its start
+        return _settled(subject, target, layout)
+
+
+def _settled(subject: Subject, target: Target, layout: str | None) -> Plan:
     asked = subject.settings.training.checkpointing
     try:
         layout = layout or _layout(subject, target)
@@ -226,7 +232,7 @@ def standing(subject: Subject, target: Target) -> int:
     attached, _ = build_model(case, subject.config.get_text_config().num_hidden_layers)
     weights = sum(p.numel() * p.element_size() for p in attached.parameters())
     trained = sum(p.numel() * p.element_size() for p in attached.parameters() if p.requires_grad)
-    adam = "adamw_torch" in subject.settings.training.optimizer or subject.settings.training.optimizer in ("adam", "adamw")
+    adam = subject.settings.training.optimizer in ("adam", "adamw", "adamw_torch", "adamw_torch_fused")
     return weights + trained * (3 if adam else 1)
 
 

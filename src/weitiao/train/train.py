@@ -164,14 +164,22 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
 
 
 def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | None = None) -> Plan | None:
-    """What the run will need here; None where that cannot be told."""
+    """What the run will need here; None where that cannot be told. The first of several processes tells, so that all do the same."""
     if subject.settings.model.device_map in loading.SPREADS:
         return None  # over several devices, as accelerate sees fit
-    try:
-        return needs(subject, Target.here(accelerator.device, accelerator.num_processes), layout)
-    except NoPlan as reason:
-        screen.tell(f"No plan of the memory: {reason}.", style="yellow")
+    planned: Plan | NoPlan | SettingError | None = None
+    if accelerator.is_main_process:
+        try:
+            planned = needs(subject, Target.here(accelerator.device, accelerator.num_processes), layout)
+        except (NoPlan, SettingError) as reason:
+            planned = reason
+    (planned,) = broadcast_object_list([planned])
+    if isinstance(planned, SettingError):
+        raise planned
+    if isinstance(planned, NoPlan):
+        screen.tell(f"No plan of the memory: {str(planned).rstrip('.')}.", style="yellow")
         return None
+    return planned
 
 
 def refuse_too_large(planned: Plan, subject: Subject, accelerator: Any, screen: Screen) -> None:
@@ -278,7 +286,7 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
         if job.planned:
             job.planned = replace(job.planned, parts=job.planned.parts | {"proof": proven})
     checkpointing = settle_checkpointing(job, screen)
-    budget = training.nodes_per_pass or (job.planned.budget if job.planned else memory.LEAST_NODES)
+    budget = training.nodes_per_pass or (job.planned.budget if job.planned else guessed(job, checkpointing, layout))
     name = job.settings.model.name
     filled = job.settings.model_copy(update={
         "model": job.settings.model.model_copy(update={"name": name if name in EMBEDDED else _absolute(name)}),
@@ -302,6 +310,12 @@ def found_from_anywhere(data: DataSettings, max_tokens: int) -> DataSettings:
     return data.model_copy(update={
         "train": absolute(data.train), "eval": absolute(data.eval), "max_tokens": max_tokens, "template": template,
     })
+
+
+def guessed(job: Job, checkpointing: bool, layout: str) -> int:
+    """Nodes of a pass without a plan."""
+    model = loading.causal_lm(job.model)
+    return memory.guess(model, job.compute, checkpointing, layout == "padded", job.accelerator.device, job.accelerator.num_processes)
 
 
 def settle_checkpointing(job: Job, screen: Screen) -> bool:
