@@ -379,7 +379,7 @@ def _terms(traced: Trace, target: Target) -> dict[str, int]:
 
 def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, target: Target) -> int:
     """The weights, and beside them the pages of the file that they are read from, unless they are those pages."""
-    held = terms.get("weights", 0) + terms.get("quantisation", 0) + terms.get("adapter", 0) + terms["framework"]
+    held = terms.get("weights", 0) + terms.get("quantisation", 0)
     if target.kind != "cpu":
         return held
     stored = getattr(case.config, "dtype", None) or torch.float32
