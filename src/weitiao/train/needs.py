@@ -342,6 +342,8 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     terms = _terms(traced, target)
     total_nodes, tokens = _epoch(subject, layout, budget)
     trainable, total = count_parameters(subject.whole)
+    if pages := _file_pages(terms["weights"], total - trainable, case, target):
+        terms["file pages"] = pages
     return Plan(
         target.name, target.available, str(case.compute)[6:], layout, checkpointing, budget, nodes, terms,
         {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms, budget), "steps": sum(terms.values())},
@@ -377,10 +379,22 @@ def _terms(traced: Trace, target: Target) -> dict[str, int]:
     return {name: round(value) for name, value in terms.items() if value}
 
 
+def _file_pages(weights: int, count: int, case: Case, target: Target) -> int:
+    """Of packed weights, the pages of the checkpoint that they were read from: they stay in memory with the file's mapping as long as
+    another weight (the embedding) lies in it as it was stored."""
+    quantize = case.settings.model.quantize
+    stored = getattr(case.config, "dtype", None) or torch.float32
+    dtype = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, case.compute)
+    if target.kind != "cpu" or quantize == "none" or stored is not dtype:
+        return 0
+    packed = (count * dtype.itemsize - weights) / (dtype.itemsize - (1.0 if quantize == "int8" else 0.5))
+    return round(max(0.0, packed) * stored.itemsize)
+
+
 def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, target: Target) -> int:
     """The weights, and beside them the pages of the file that they are read from, unless they are those pages."""
-    held = terms.get("weights", 0) + terms.get("quantisation", 0)
-    if target.kind != "cpu":
+    held = terms.get("weights", 0) + terms.get("quantisation", 0) + terms.get("file pages", 0)
+    if target.kind != "cpu" or "file pages" in terms:
         return held
     stored = getattr(case.config, "dtype", None) or torch.float32
     dtype = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, compute)
@@ -393,7 +407,7 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
         return 0
     rows = picked(subject.step(1), budget)
     longest = max(map(len, rows))
-    standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework"))
+    standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework", "file pages"))
     gradients = line.traces[1].windows["optimizer"].get("gradients", 0)
 
     def passing(nodes: int, edges: int) -> float:

@@ -85,6 +85,7 @@ MEANINGS = {
     "weights": "of the model", "quantisation": "scales of the packed weights", "adapter": "what is trained beside them",
     "gradients": "of what is trained", "optimizer": "its state", "activations": "kept for the backward pass",
     "logits": "the head's, a chunk at a time", "work space": "of the operation under way", "framework": "libraries",
+    "file pages": "of the checkpoint, which the system may take back",
 }
 
 
