@@ -84,10 +84,10 @@ class Before:
     """Whose vector stands before each place's.
 
     padded: bool [B, T, 1], places that hold no token; None: none.
-    jumps: int64 [J], the nodes of a trie that do not follow the place to their left; None: rows.
+    jumps: int64 [J], the nodes of a trie that begin a segment: all that may not follow the place to their left; None: rows.
     parents: int64 [J], the nodes that these follow; -1 at a root.
 
-    In the trie  A B C d / e f  (d and e follow C)  the one jump is e, at 4, and its parent is C, at 2.
+    In the trie  A B C d / e f  (d and e follow C)  e, at 4, jumps: its parent is C, at 2.
     """
 
     padded: torch.Tensor | None = None
@@ -98,7 +98,7 @@ class Before:
     def of(cls, mask: torch.Tensor | None, trie: Plan | None, places: int) -> Before:
         """mask: [B, cached + places], 1 at tokens; it says nothing where there is a trie."""
         if trie is not None:
-            jumps = (trie.parent != torch.arange(places, device=trie.parent.device) - 1).nonzero()[:, 0]
+            jumps = torch.tensor([segment.start for segment in trie.segments], device=trie.parent.device)
             return cls(jumps=jumps, parents=trie.parent[jumps])
         if mask is None or mask.ndim != 2:
             return cls()
