@@ -138,11 +138,15 @@ def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, s
     weight = sum(float(e.weights.sum()) for e in examples)
     by_trie = {name: g.clone() for name, g in _gradients(model, [trie_batch(trie, device)], weight, scale)}
     rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
-    norms = [(float((by_trie[name].double() - g.double()).norm()), float(g.double().norm()))
-             for name, g in _gradients(model, rows, weight, scale)]
+    # In place, and summed in float64 without a copy: an embedding's gradient alone may be a gigabyte.
+    norms = [(_norm(by_trie[name].sub_(g)), _norm(g)) for name, g in _gradients(model, rows, weight, scale)]
     floor = 1e-3 * max((norm for _, norm in norms), default=0.0)
     relative = [difference / max(norm, floor, 1e-30) for difference, norm in norms]
     return nll_max, max(relative, default=0.0)
+
+
+def _norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def _nll_difference(model, trie: Trie, examples: Sequence[Example], device: str) -> float:
