@@ -42,6 +42,7 @@ CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # kept 5 % to 58 %, see benchmarks/plan.md). A CPU's can be told to give back at once, which costs time: memory.give_back_at_once.
 KEEPS = {"cpu": 0.6, "cuda": 0.08}
 PASSING = ("activations", "logits", "work space")
+STEP_OF_BUDGET = 256  # nodes
 TRACED_BY_SEGMENTS = 2048  # tokens
 MOST_STEPS = 50  # that are laid out to find the largest pass and how much is shared
 
@@ -278,15 +279,6 @@ class Line:
         a_chunk = (rest[1] - rest[0]) / (chunks[1] - chunks[0]) if chunks[0] != chunks[1] else 0.0
         return rest[1] + a_chunk * (min(edges, CHUNK) - chunks[1]) + self.width * edges
 
-    @property
-    def per_node(self) -> float:
-        """Bytes that one node more takes, at the least favourable moment."""
-        (few, _), (many, _) = self.sizes
-        small, large = self.traces
-        growth = [sum(_between(small, large, name, term, 1.0) - _between(small, large, name, term, 0.0)
-                      for term in large.windows[name] if term != "logits") for name in large.windows]
-        return max(1.0, max(growth) / max(1, many - few))
-
 
 def _between(small: Trace, large: Trace, window: str, term: str, share: float) -> float:
     a, b = (traced.windows[window].get(term, 0.0) for traced in (small, large))
@@ -362,13 +354,19 @@ def _part(row: Example, tokens: int) -> Example:
 
 def _budget(line: Line, nodes: int, edges: int, target: Target, keeps: float, most: int) -> int:
     """Nodes of a pass: as many as `most`, fewer where they would not fit."""
-    def needed(count: int) -> float:
-        traced = line.at(count, min(edges, count))
-        return max(sum(w.values()) + keeps * sum(w.get(name, 0.0) for name in PASSING) for w in traced.windows.values())
-
     room = target.available - FRAMEWORK[target.kind]
-    fitting = most if needed(nodes) <= room else nodes - (needed(nodes) - room) / ((1 + keeps) * line.per_node)
-    return int(max(memory.LEAST_NODES, min(most, fitting // 256 * 256)))
+
+    def fits(count: int) -> bool:
+        windows = line.at(count, round(edges * count / nodes)).windows.values()
+        return max(sum(w.values()) + keeps * sum(w.get(name, 0.0) for name in PASSING) for w in windows) <= room
+
+    if fits(most):
+        return most
+    low, high = memory.LEAST_NODES // STEP_OF_BUDGET, most // STEP_OF_BUDGET  # low is taken whether it fits or not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * STEP_OF_BUDGET) else (low, middle)
+    return low * STEP_OF_BUDGET
 
 
 def _terms(traced: Trace, target: Target) -> dict[str, int]:
