@@ -9,7 +9,7 @@ message as a whole. Then what stands around the contents depends on the roles al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import nodes

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from weitiao.config import METHODS as METHOD_SETTINGS
 from weitiao.config import Settings
 from weitiao.data.dataset import load
 from weitiao.data.templates import load_template
 from weitiao.errors import SettingError, SourceError, nearest
 from weitiao.model import load as loading
-from weitiao.model.known import known, known_config, known_names
+from weitiao.model.known import known_config, known_names
 from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.added import WithTokens
 from weitiao.model.source import EMBEDDED
