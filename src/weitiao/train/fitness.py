@@ -105,12 +105,20 @@ def setting_findings(settings: Settings, template: Template, config: Any, rows: 
     for name, check in CHECKS.items():
         try:
             facts = check.find(fit)
-        except Exception:  # a model's own code on the meta device may raise anything: what cannot be judged is no finding
+        except Exception as error:  # a model's own code on the meta device may raise anything, and that stops no training
+            found.append(_not_judged(name, error))
             continue
         if facts is not None:
             kind = check.kind
             found.append(Finding(name, kind.severity, kind.what.format(**facts), (), kind.cure.format(**facts)))
     return found
+
+
+def _not_judged(name: str, error: Exception) -> Finding:
+    """A check that could not be made is told, else it would pass for one that found nothing."""
+    reason = (str(error).strip().splitlines() or ["no message"])[0][:120]
+    return Finding("not_judged", "note", f"{name} could not be judged without the weights: {type(error).__name__}: {reason}", (),
+                   "A training finds out once the model is loaded.")
 
 
 def _shown(text: str, most: int = 60) -> str:
@@ -383,8 +391,6 @@ def _refused(fit: Fit) -> Facts | None:
             METHODS[chosen.name].attach(fit.model, chosen, fit.settings.training.seed, fit.tokenizer)
     except SettingError as refusal:
         return {"found": f"{refusal.found} {refusal.expected}".strip(), "next": refusal.next_step or "Mend that setting, or choose method=lora."}
-    except Exception:  # a model's own code, which may want numbers: a training finds out with its weights
-        return None
     return None
 
 

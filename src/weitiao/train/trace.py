@@ -397,7 +397,7 @@ def _step(optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], cas
         return _searcher_state(optimizer, trained)
     try:
         optimizer.step()
-    except Exception:  # kernels of another library, or a number that is asked for: its state by an experiment, its work by none
+    except RuntimeError:  # fake tensors have no kernels of another library, and no numbers: its state by an experiment, its work by none
         return state_by_experiment(trained, case)
     kept = [t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor)]
     lives.relabel(kept, None)
