@@ -24,7 +24,8 @@ from weitiao.errors import RunError
 from weitiao.screen import Screen
 from weitiao.train.paths import choose, common_folder, paths_of
 from weitiao.train.show import show, show_rows
-from weitiao.train.show_html import html_page, write_page
+from weitiao.train.folder import write_asked
+from weitiao.train.show_html import html_page
 
 LEGEND = """\
 ⟦learned⟧   ¦ between tokens   ⋮ shared with an earlier row, computed once
@@ -378,11 +379,11 @@ def test_long_rows_open_on_a_page_and_huge_ones_are_cut(read):
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
-    write_page(tmp_path / "new" / "page.html", "甲")
-    assert (tmp_path / "new" / "page.html").read_text("utf-8") == "甲"
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["page.html"]
+    write_asked(tmp_path / "page.html", "甲")
+    assert (tmp_path / "page.html").read_text("utf-8") == "甲"
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
     with pytest.raises(RunError, match="cannot be written"):
-        write_page(tmp_path / "new" / "page.html" / "x.html", "甲")
+        write_asked(tmp_path / "page.html" / "x.html", "甲")
 
 
 def test_show_prints_and_writes_the_same_rows(read, tmp_path, capsys):

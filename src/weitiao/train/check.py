@@ -38,6 +38,7 @@ from weitiao.model import load as loading
 from weitiao.model.methods import method_of
 from weitiao.screen import Screen, duration
 from weitiao.train.fitness import setting_findings
+from weitiao.train.folder import write_asked
 from weitiao.train.tree import folder_of
 
 PEEKED = 1000  # rows that a file's format is told from, and that make a small one
@@ -402,7 +403,7 @@ def show_brief(told: Report, screen: Screen, command: str = "weitiao check") -> 
 
 
 def write(told: Report, file: Path) -> None:
-    file.write_text(json.dumps(told.as_dict(), ensure_ascii=False, indent=2) + "\n", "utf-8")
+    write_asked(file, json.dumps(told.as_dict(), ensure_ascii=False, indent=2) + "\n")
 
 
 def exit_code(told: Report, strict: bool) -> int:

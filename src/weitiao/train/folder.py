@@ -256,6 +256,19 @@ def refuse_unwritable(path: Path, such_as: str) -> None:
         raise RunError(f"{path} cannot be written: Permission denied.", "", "Give another path.")
 
 
+def write_asked(path: Path, text: str) -> None:
+    """A file that a person named, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written there.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.", "Expected room and the right to write there.",
+                       "Give another path, or make room.") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """A whole file or none: written beside, synced, renamed."""
     temporary = path.with_name(f".{path.name}.part")

@@ -29,7 +29,7 @@ from weitiao.model.source import EMBEDDED
 from weitiao.screen import Screen, duration, format_bytes
 from weitiao.train.check import room_and_vocabulary
 from weitiao.train.devices import device_named, parse_bytes
-from weitiao.train.folder import write_text
+from weitiao.train.folder import write_asked
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs, standing
 from weitiao.train.tree import folder_of
 from weitiao.trie import Example
@@ -117,7 +117,7 @@ def plan(
     except NoPlan as reason:
         raise SourceError(f"{settings.model.name} cannot be planned: {reason}.", "Expected a causal language model of transformers.") from reason
     if file:
-        write_text(Path(file), json.dumps(wanted.as_dict(), ensure_ascii=False, indent=2) + "\n")
+        write_asked(Path(file), json.dumps(wanted.as_dict(), ensure_ascii=False, indent=2) + "\n")
     return wanted
 
 

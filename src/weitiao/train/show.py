@@ -27,8 +27,9 @@ from weitiao.data.findings import Finding
 from weitiao.data.spelling import MARKS, Piece, Spelling, visible
 from weitiao.data.templates import Template
 from weitiao.screen import Screen
+from weitiao.train.folder import write_asked
 from weitiao.train.paths import Path, Stretch, choose, paths_of, row_header, shared_note, turn_header
-from weitiao.train.show_html import html_page, write_page
+from weitiao.train.show_html import html_page
 
 MOST_TOKENS = 120  # of one stretch that is given
 MORE_LEARNED = 4  # times as many, where it is learned
@@ -72,7 +73,7 @@ def show(
     if on_screen:
         show_rows(rows, template, screen, ids=ids)
     if html:
-        write_page(html, html_page(rows, template, f"{len(rows)} of {total or len(data):,} rows, token by token", findings))
+        write_asked(html, html_page(rows, template, f"{len(rows)} of {total or len(data):,} rows, token by token", findings))
         screen.tell(f"\nThe same as a page: {html}" if on_screen else f"\n{len(rows)} rows, token by token, as a page: {html}")
 
 

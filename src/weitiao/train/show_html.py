@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path as File
 
 from weitiao.data.dataset import TrainingRow
 from weitiao.data.findings import Finding
 from weitiao.data.spelling import MARKS, Piece, Spelling, seen, visible
 from weitiao.data.templates import Template
-from weitiao.errors import RunError
-from weitiao.train.folder import write_text
 from weitiao.train.paths import Path, Stretch, paths_of, row_header, seen_place, shared_note, turn_header
 
 MOST_TOKENS = 400  # of a stretch in sight; what is beyond opens
@@ -84,20 +81,6 @@ LEGEND = (
     '<b class="l">learned</b>', '<b class="t">stop, learned</b>', '<b class="g">given</b>', '<b class="p">&lt;special&gt;</b>',
     '<b class="s">shared, computed once</b>', "<i>·</i> space", "<i>⏎</i> line break", "<i>→</i> tab", "字<sub>3</sub> a character in 3 tokens",
 )
-
-
-def write_page(path: File, text: str) -> None:
-    """The whole page or none.
-
-    Raises:
-        RunError: it cannot be written there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.", "Expected a place for an HTML page.",
-                       "Give another path, or make room.") from error
 
 
 def html_page(rows: Sequence[TrainingRow], template: Template, title: str, findings: Sequence[Finding] = ()) -> str:
