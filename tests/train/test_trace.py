@@ -84,6 +84,7 @@ def test_weights_gradients_and_state_are_those_of_the_model(architecture):
 def test_a_traced_step_keeps_what_a_real_one_keeps():
     """Bytes saved for the backward pass, counted on real tensors by autograd's own hooks, are the traced activations."""
     from weitiao.data.batch import trie_batch
+    from weitiao.model import fused
     from weitiao.model import load as loading
     from weitiao.train.loss import learn_on_tries
     from weitiao.trie import build
@@ -94,6 +95,7 @@ def test_a_traced_step_keeps_what_a_real_one_keeps():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(made.config), dtype=torch.float32)
     loading.learn_attention(model)
     learn_on_tries(model)
+    fused.fuse(model)
     batch = trie_batch(build(rows()))
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

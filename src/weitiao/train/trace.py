@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from weitiao.config import ModelSettings, Settings
 from weitiao.data.batch import Plan, padded_batch, trie_batch
-from weitiao.model import attention
+from weitiao.model import attention, fused
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
@@ -156,6 +156,7 @@ def build_model(case: Case, layers: int, trained: bool = True) -> tuple[nn.Modul
             loading.learn_attention(model)
         learn_on_tries(model)
         attached = case.method.attach(model, _without_start(settings), settings.training.seed, case.tokenizer) if trained else model
+        fused.fuse(attached)
     if case.checkpointing:
         loading.checkpoint_activations(model)
     return attached, model
@@ -529,7 +530,7 @@ class Lives(TorchDispatchMode):
 def _work(func: Any, args: Any, kwargs: Any, out: Any, made: Sequence[torch.Tensor]) -> Work:
     if func.is_view or func._schema.name in ("aten::detach", "aten::empty", "aten::empty_like"):
         return Work()
-    count = flop_registry.get(func._overloadpacket)
+    count = flop_registry.get(torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket)
     flops = float(count(*args, **kwargs, out_val=out)) if count else 0.0
     read = sum(t.numel() * t.element_size() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
     written = sum(t.numel() * t.element_size() for t in made)

@@ -27,8 +27,8 @@ from weitiao.data.packing import trie_passes
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
+from weitiao.model import fused, quantize
 from weitiao.model import load as loading
-from weitiao.model import quantize
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, hub_id, model_folder
@@ -157,6 +157,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         learn_on_tries(model)
         examples = [example for row in data.rows for example in row.examples]
         model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, examples)
+        fused.fuse(model)
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
         loading.checkpoint_activations(model)
