@@ -340,6 +340,9 @@ class TrainingSettings(Group):
     adam_beta2: float = setting(0.999, "how slowly Adam's mean of the squared gradients forgets", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "added to the root of that mean, so that nothing is divided by 0", gt=0)
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never; lbfgs: never, since it measures slopes", ge=0)
+    clipping: Literal["auto", "whole", "measured", "each"] = setting("auto", "what max_grad_norm is held against. whole: the length of all gradients together; measured: the same, found by a backward pass of its own, which doubles the time (step_in_backward); each: every weight's gradient by itself, another rule than the usual one (step_in_backward); auto: whole, or measured with step_in_backward")
+    step_in_backward: bool = setting(False, "step each weight as soon as its gradient is there, and let the gradient go: the same result, without the memory of all gradients where a step is one pass (of several, they add up until the last). See clipping, or set max_grad_norm=0")
+    rounding: Literal["auto", "nearest", "stochastic", "compensated"] = setting("auto", "how trained weights in bfloat16 take a step. stochastic: up or down at random, so that small steps count on the average; compensated: the 16 bits that bfloat16 leaves off are kept beside it, 2 bytes a weight, which is float32 to the bit; nearest: most steps round to nothing; auto: stochastic")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
     checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
@@ -349,6 +352,11 @@ class TrainingSettings(Group):
         is_adam = "ademamix" in self.optimizer or ("adam" in self.optimizer and not self.optimizer.startswith(("galore", "grok")))
         _refuse_idle(self, "an optimizer of Adam's kind", is_adam or "lion" in self.optimizer, "adam_beta1", "adam_beta2")
         _refuse_idle(self, "an optimizer of Adam's kind", is_adam, "adam_epsilon")
+        _refuse_idle(self, "max_grad_norm above 0", self.max_grad_norm > 0, "clipping")
+        if (self.clipping in ("measured", "each")) and not self.step_in_backward:
+            raise ValueError(f"clipping={self.clipping} goes with step_in_backward=true, and would do nothing here")
+        if self.clipping == "whole" and self.step_in_backward:
+            raise ValueError("clipping=whole wants all gradients at once, and step_in_backward=true lets each go. Expected measured or each")
         _refuse_idle(self, "an optimizer that knows decay, unlike lbfgs and rprop", self.optimizer not in WITHOUT_DECAY, "weight_decay")
         _refuse_idle(self, "an optimizer other than rprop, which takes the rate for its first step alone", self.optimizer != "rprop",
                      "scheduler", "scheduler_options")
@@ -356,6 +364,13 @@ class TrainingSettings(Group):
             raise ValueError(f"training.warmup={self.warmup:g} begins with a learning rate of 0, and {self.optimizer} goes on from how long "
                              "its first step was. Leave training.warmup out")
         return self
+
+    @property
+    def clipping_in_force(self) -> str:
+        """whole, measured, each or none."""
+        if not self.max_grad_norm:
+            return "none"
+        return self.clipping if self.clipping != "auto" else "measured" if self.step_in_backward else "whole"
 
     @property
     def warmup_in_force(self) -> float:
@@ -426,6 +441,8 @@ class Settings(Group):
             if any(given) and not all(given):
                 raise ValueError(f"{name}: give every file a share, or none")
         self._weights_can_learn()
+        if self.training.rounding != "auto" and not (isinstance(self.method, FullSettings) and self.model.dtype == "bfloat16"):
+            raise ValueError("training.rounding goes with method=full and model.dtype=bfloat16, and would do nothing here")
         self._one_rate_for_all()
         self._rate_is_known()
         if self.evaluation.metric != "loss" and not self.data.eval and not self.data.eval_share:

@@ -237,8 +237,9 @@ def test_float16_throughout(find):
 
 
 def test_bfloat16_weights_that_are_trained(find):
-    found = find("method=full", "model.dtype=bfloat16", dtype=torch.bfloat16)
-    only(found, "trained_in_bf16", "bfloat16, as the checkpoint holds them: a step below 1/256", "Leave model.dtype out")
+    found = find("method=full", "model.dtype=bfloat16", "training.rounding=nearest", dtype=torch.bfloat16)
+    only(found, "trained_in_bf16", "bfloat16, as the checkpoint holds them: a step below 1/512", "Leave training.rounding out")
+    assert find("method=full", "model.dtype=bfloat16", dtype=torch.bfloat16) == {}, "small steps count by default"
     assert find("method=lora", "model.dtype=bfloat16", dtype=torch.bfloat16) == {}, "frozen weights may be"
 
 

@@ -48,7 +48,7 @@ def make_rows(count=20, seed=0) -> list[TrainingRow]:
 
 
 def training(tokenizer, rows, layout="trie", method="lora", run=None, eval_rows=(), budget=4096, stop=lambda: False,
-             model=None, precision="fp32", **settings) -> Training:
+             model=None, precision="fp32", of_model="smollm2-135m", **settings) -> Training:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from conftest import tiny_model
@@ -58,7 +58,7 @@ def training(tokenizer, rows, layout="trie", method="lora", run=None, eval_rows=
     from weitiao.train.loss import learn_on_tries
 
     values = {"batch_size": 6, "epochs": 2, "learning_rate": 1e-2, "precision": precision} | settings
-    made = config.parse({"data": "rows.jsonl", "method": method, "training": values})
+    made = config.parse({"data": "rows.jsonl", "model": of_model, "method": method, "training": values})
     model = model or tiny_model(seed=1)
     learn_on_tries(model)
     model = METHODS[made.method.name].attach(model, made.method, 0, tokenizer)

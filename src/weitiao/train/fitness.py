@@ -27,6 +27,7 @@ from weitiao.model.methods import METHODS, count_parameters
 from weitiao.model.methods.layers import is_linear, linear_names, linears
 from weitiao.train.loop import Schedule
 from weitiao.train.optimizer import warmup_steps
+from weitiao.train.stepping import rounding_in_force
 from weitiao.train.tree import of_config
 
 Facts = dict[str, Any]
@@ -404,7 +405,7 @@ def _pure_half(fit: Fit) -> Facts | None:
 
 
 def _trained_in_bf16(fit: Fit) -> Facts | None:
-    if not fit.trains_all or fit.settings.model.dtype != "bfloat16":
+    if not fit.trains_all or fit.settings.model.dtype != "bfloat16" or rounding_in_force(fit.settings) != "nearest":
         return None
     same = ", as the checkpoint holds them" if fit.checkpoint_type is torch.bfloat16 else ""
     return {"rate": f"{fit.settings.learning_rate:g}", "same": same}
@@ -573,9 +574,9 @@ CHECKS: dict[str, Check] = {
         "warning", "All weights are trained in float16, without loss scaling: gradients below 6e-8 are 0, and a step below 1/2048 of a weight is none.",
         "Leave model.dtype out: weights are held in float32 and computed in fp16 or bf16 beside them, at twice the memory for weights."), _pure_half),
     "trained_in_bf16": Check(Kind(
-        "warning", "model.dtype=bfloat16 trains weights that are held in bfloat16{same}: a step below 1/256 of a weight rounds to nothing, "
+        "warning", "training.rounding=nearest trains weights that are held in bfloat16{same}: a step below 1/512 of a weight rounds to nothing, "
         "which at a learning rate of {rate} most steps are.",
-        "Leave model.dtype out: trained weights are held in float32, and computed in bf16 (training.precision=bf16)."), _trained_in_bf16),
+        "Leave training.rounding out, so that small steps count on the average; or model.dtype: trained weights are held in float32, and computed in bf16 (training.precision=bf16)."), _trained_in_bf16),
     "held_in_float32": Check(Kind(
         "note", "The checkpoint holds {dtype}; since all weights are trained, weitiao holds them in float32, at twice its memory.",
         "Nothing to do. If memory is short: method=lora, or method.last_layers."), _held_in_float32),

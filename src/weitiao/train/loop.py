@@ -38,6 +38,7 @@ from weitiao.train.evaluation import (
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
 from weitiao.train.optimizer import SEARCHERS, make_optimizer, make_scheduler, step_scheduler
+from weitiao.train.stepping import ByWeight, paged_again
 from weitiao.trie import Example
 
 ENCODER = "encoder.safetensors"  # of a checkpoint: what training needs to go on and use does not
@@ -114,9 +115,10 @@ class Training:
         self.schedule = Schedule(len(self.rows), training.batch_size, training.seed, training.epochs, training.steps)
         self.plain_model = self.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.by_weight = ByWeight.of(self.settings)
         self.optimizer = make_optimizer(
             self.model, training, self.settings.learning_rate,
-            rate_factor=lambda name: self.method.rate_factor(name, self.settings.method), decays=self.method.decays,
+            rate_factor=lambda name: self.method.rate_factor(name, self.settings.method), decays=self.method.decays, by_weight=self.by_weight,
         )
         self.scheduler = make_scheduler(self.optimizer, training, self.schedule.steps)
         # The model is where it belongs; quantised weights must not be moved.
@@ -152,25 +154,27 @@ class Training:
         examples = [e for i in indices for e in self.rows[i].examples]
         weight = float(sum(float(e.weights.sum(dtype=np.float64)) for e in examples))
         passes = self._passes(examples)
-        loss = self._gradients(step, passes, weight, self.stop_requested)
+        rate = self.scheduler.get_last_lr()[0]
+        with self.by_weight.gathering(step) if self.by_weight else nullcontext():
+            loss = self._gradients(step, passes, weight, self.stop_requested)
         if loss is None:
             return False
         if not math.isfinite(loss):
             self._stop_at_row(step, indices, loss)
         norm = self._clip()
         if not math.isfinite(norm) and self.accelerator.scaler is None:
+            late = self.by_weight is not None and self.by_weight.steps_at_once
             raise TrainingStopped(
                 f"Step {step}: the gradient is {norm}, with a loss of {loss:.4g}.",
+                f"Expected finite numbers; weights were stepped as it came, and are not saved. {self._standing()}" if late else
                 "Expected finite numbers; the step was not taken, and no weight was changed by it.",
                 "Lower training.learning_rate, or compute in training.precision=fp32.",
             )
-        rate = self.scheduler.get_last_lr()[0]
-        # Under loss scaling: not taken where the gradient overflowed, and the scale is halved.
-        self.optimizer.step(self._again(step, passes, weight, loss) if self.settings.training.optimizer in SEARCHERS else None)
+        self._change(step, passes, weight, loss)
         self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
         if not self.skipped:
             step_scheduler(self.scheduler, loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self.step = step
         line = {
             "step": step, "epoch": round(self.schedule.epoch(step), 6), "loss": loss, "learning_rate": rate,
@@ -195,11 +199,16 @@ class Training:
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, batch in enumerate(mine):
             if self.world == 1 and stop_requested():
-                self.optimizer.zero_grad(set_to_none=True)
+                self._forget_gradients()
                 return None
             last = i == len(mine) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = summed_loss(self.model, batch)
+                if self.by_weight and self.by_weight.in_backward:
+                    self.by_weight.due = last
+                    if last and not math.isfinite(float(total + loss.detach())):  # before any weight is stepped by it
+                        self._forget_gradients()
+                        return float(total + loss.detach()) / weight
                 if last and idle:  # this process has a pass less than others: it takes part, with weight 0
                     loss = loss * 0.0
                 # DDP averages over processes; the sum is wanted
@@ -207,8 +216,25 @@ class Training:
             total += loss.detach().double()
         return float(self.accelerator.reduce(total, reduction="sum")) / weight
 
+    def _change(self, step: int, passes: Sequence[dict[str, Any]], weight: float, loss: float) -> None:
+        """Step the weights, unless their gradients did so as they came. Under loss scaling: not where the gradient overflowed, and the
+        scale is halved."""
+        if self.by_weight is None:
+            self.optimizer.step(self._again(step, passes, weight, loss) if self.settings.training.optimizer in SEARCHERS else None)
+        elif not self.by_weight.in_backward:
+            self.by_weight.step(step)
+        elif not self.by_weight.steps_at_once:
+            with self.by_weight.stepping(step):
+                self._gradients(step, passes, weight)
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def _clip(self) -> float:
         """Scale long gradients down; how long they were, loss scaling taken off. A search is told true slopes."""
+        if self.by_weight and self.by_weight.in_backward:
+            return self.by_weight.norm  # they are gone
         limit = math.inf if self.settings.training.optimizer in SEARCHERS else self.settings.training.max_grad_norm or math.inf
         return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
@@ -223,7 +249,7 @@ class Training:
         def measure() -> torch.Tensor:
             if at_the_start:
                 return torch.tensor(at_the_start.pop(), dtype=torch.float64)
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             there = self._gradients(step, passes, weight)
             norm = self._clip()
             if not (math.isfinite(there) and math.isfinite(norm)):
@@ -363,6 +389,9 @@ class Training:
             self.method.load_encoder_state(self.plain_model, load_file(checkpoint.path / ENCODER))
         state = torch.load(checkpoint.path / "trainer.pt", map_location="cpu", weights_only=True)
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        if self.by_weight:
+            self.by_weight.restored()
+        paged_again(self.optimizer.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

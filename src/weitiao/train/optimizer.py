@@ -14,6 +14,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from weitiao.config import WITHOUT_DECAY, TrainingSettings, read_scalar
 from weitiao.errors import SettingError, nearest
+from weitiao.train.stepping import ByWeight
 
 PLAIN: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW, "adamw_torch": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
@@ -67,10 +68,12 @@ def make_optimizer(
     model: torch.nn.Module, settings: TrainingSettings, learning_rate: float,
     rate_factor: Callable[[str], float] = lambda name: 1.0,
     decays: Callable[[str, torch.nn.Parameter], bool] = lambda name, parameter: parameter.ndim >= 2,
+    by_weight: ByWeight | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over what is trained.
 
     rate_factor: how many times as fast as `learning_rate` a weight learns (LoRA+). decays: does weight decay fall on it?
+    by_weight: what will step the weights one at a time; the optimizer is made over its stand-ins and bound to it.
 
     Raises:
         SettingError: the package that brings it is missing, or it refuses its options or this model.
@@ -79,7 +82,8 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = settings.weight_decay if decays(name, parameter) else 0.0
-            groups.setdefault((decay, rate_factor(name)), []).append(parameter)
+            members = by_weight.stand_ins(parameter) if by_weight else [parameter]
+            groups.setdefault((decay, rate_factor(name)), []).extend(members)
     listed = [
         {"params": parameters, "lr": learning_rate * factor} | ({} if settings.optimizer in WITHOUT_DECAY else {"weight_decay": decay})
         for (decay, factor), parameters in groups.items()
@@ -87,9 +91,13 @@ def make_optimizer(
     if settings.optimizer in SEARCHERS:
         _refuse_spread(settings.optimizer, listed)
     if settings.optimizer in PLAIN:
-        return _build(settings, listed, learning_rate)
-    kind, options = _of_transformers(model, settings, learning_rate)
-    return kind(listed, **options)
+        made = _build(settings, listed, learning_rate)
+    else:
+        kind, options = _of_transformers(model, settings, learning_rate)
+        made = kind(listed, **options)
+    if by_weight:
+        by_weight.bind(made)
+    return made
 
 
 def _refuse_spread(name: str, groups: list[dict[str, Any]]) -> None:

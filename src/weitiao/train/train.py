@@ -33,7 +33,7 @@ from weitiao.model.methods import METHODS, count_parameters, method_of, trainabl
 from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration, format_bytes
-from weitiao.train import memory, samples
+from weitiao.train import memory, samples, stepping
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.check import Report, eval_settings, report, room_and_vocabulary, show_brief
 from weitiao.train.evaluation import questions
@@ -131,6 +131,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     refuse_unfit(settings.training, loading.run_dtype(settings, METHODS[settings.method.name].TRAINS_ALL))
     method = METHODS[settings.method.name]
     accelerator = make_accelerator(settings)
+    stepping.refuse_unfit(settings, loading.run_dtype(settings, method.TRAINS_ALL), accelerator.num_processes)
     base = model_folder(settings.model, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
