@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import example, tiny_model
 
 from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.data.packing import padded_passes, trie_passes
 from weitiao.train.loss import CHUNK, edge_loss, edge_nll, learn_on_tries, summed_loss
+from weitiao.trie import build
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite", "yuan"]
 
@@ -113,3 +116,59 @@ def test_a_model_called_without_a_plan_is_the_model_it_was():
     learn_on_tries(taught)
     ids = torch.randint(4, 60, (2, 7))
     assert torch.equal(plain(input_ids=ids).logits, taught(input_ids=ids).logits)
+
+
+def test_a_plain_head_adds_its_chunks_without_a_gradient_of_their_own():
+    """Beside the logits of a chunk: the head's gradient once, in all of forward and backward. Same numbers as any other head's."""
+    from weitiao.train import loss as module
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 4096, bias=False)
+    hidden = torch.randn(12, 8, requires_grad=True)
+    targets, weights = torch.randint(0, 4096, (12,)), torch.rand(12)
+    found = []
+    for plain in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_is_plain_product", lambda *_: plain)
+            loss = edge_loss(hidden, targets, weights, head, lambda x: x, 3)
+        found.append((loss.detach(), *torch.autograd.grad(loss, [hidden, head.weight])))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        edge_loss(hidden, targets, weights, head, lambda x: x, 3).backward()
+    held = worst = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            worst = max(worst, held)
+    assert 1 <= worst / (4 * head.weight.numel()) < 3  # the gradient, and a chunk's logits with their own gradient: 3 x 4096 each
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_casts_of_weights_are_not_kept_and_gradients_are_the_same(checkpointing):
+    """bf16 under autocast beside float32 weights, with the cache of casts and without: bit for bit."""
+    from weitiao.model.load import checkpoint_activations
+    from weitiao.train import loss as module
+
+    model = tiny_model()
+    learn_on_tries(model)
+    if checkpointing:
+        checkpoint_activations(model.train())
+    batch = trie_batch(build([example(range(4, 24), 5), example([*range(4, 15), *range(40, 50)], 5, 1)]))
+    found, kept = [], []
+    seen = lambda *_: kept.append(torch.is_autocast_cache_enabled())  # noqa: E731
+    model.model.layers[0].mlp.register_forward_pre_hook(seen)
+    for once in (True, False):
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+            if not once:
+                patch.setattr(module, "casts_once", contextlib.nullcontext)
+            loss = summed_loss(model, batch)
+            assert torch.is_autocast_cache_enabled()
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept == ([False, False, True, True] if checkpointing else [False, True])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        summed_loss(model, batch)
+    assert kept[-1]  # an evaluation uses them again, pass after pass

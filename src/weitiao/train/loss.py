@@ -9,7 +9,8 @@ forward: a backbone called from outside loses autocast, DDP's hooks and FSDP's g
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ def learn_on_tries(model: nn.Module) -> None:
     @functools.wraps(original)
     def forward(*args: Any, trie: Any = None, return_hidden: bool = False, per_edge: bool = False, **inputs: Any):
         if trie is None:
-            return original(*args, **inputs)
+            with casts_once():
+                return original(*args, **inputs)
         # The backbone's last hidden state: [1, T, hidden]
-        hidden = model.base_model(*args, trie=trie, use_cache=False, **inputs).last_hidden_state[0]
+        with casts_once():
+            hidden = model.base_model(*args, trie=trie, use_cache=False, **inputs).last_hidden_state[0]
         if return_hidden:
             return hidden
         head = model.get_output_embeddings()
@@ -39,6 +42,21 @@ def learn_on_tries(model: nn.Module) -> None:
         return edge_loss(predicting, trie.targets, trie.weights, head, transform)
 
     model.forward = forward
+
+
+@contextmanager
+def casts_once() -> Iterator[None]:
+    """Where gradients are taken, autocast keeps no casts of weights for a second use: in a pass a weight has one.
+
+    Without checkpointing the backward pass keeps them anyway. With it they would all live from the first layer on, 2 bytes a trained
+    weight, and be made again nevertheless.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(kept and not torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def logit_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -78,7 +96,8 @@ def edge_loss(hidden, targets, weights, head, transform, chunk: int = CHUNK) -> 
 class _EdgeLoss(torch.autograd.Function):
     """The loss and its gradients in one sweep over chunks of edges, so that logits are computed once and never kept.
 
-    The loss is a sum, so the gradient of each chunk is known as soon as its logits are; backward only scales it.
+    The loss is a sum, so the gradient of each chunk is known as soon as its logits are; backward only scales it, in place: of a big
+    vocabulary's head there is one gradient. So it can be gone through once.
     """
 
     @staticmethod
@@ -86,25 +105,55 @@ class _EdgeLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         d_hidden = torch.zeros_like(hidden)
         d_head = [torch.zeros_like(p) for p in head_parameters]
+        add_gradients = _add_product if _is_plain_product(hidden, head, head_parameters) else _add_graph
         for a in range(0, len(targets), chunk):
             part = slice(a, a + chunk)
-            with torch.enable_grad():
-                h = hidden[part].detach().requires_grad_()
-                logits = transform(head(h))
-                nll = F.cross_entropy(_wide(logits), targets[part], reduction="none")
-                chunk_loss = (nll * weights[part]).sum()
-            grads = torch.autograd.grad(chunk_loss, [h, *head_parameters])
-            d_hidden[part] = grads[0]
-            for total, grad in zip(d_head, grads[1:], strict=True):
-                total += grad
-            loss += chunk_loss.detach()
-        ctx.save_for_backward(d_hidden, *d_head)
+            loss += add_gradients(hidden[part], targets[part], weights[part], head, transform, head_parameters, d_hidden[part], d_head)
+        ctx.gradients = d_hidden, *d_head
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        d_hidden, *d_head = ctx.saved_tensors
-        return (d_hidden * grad, None, None, None, None, None, *(d * grad for d in d_head))
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the loss of a trie was gone back through twice"
+        d_hidden, *d_head = gradients
+        del gradients  # autograd takes over what nobody else holds, and copies the rest
+        for d in (d_hidden, *d_head):
+            d.mul_(grad)
+        return (d_hidden, None, None, None, None, None, *d_head)
+
+
+def _is_plain_product(hidden, head, head_parameters) -> bool:
+    """Is the head hidden @ weight.T in one type, its weight trained? Then chunks add to one gradient, without one of their own."""
+    return (type(head) is nn.Linear and head.bias is None and len(head_parameters) == 1 and hidden.dtype == head.weight.dtype
+            and not (torch.is_autocast_enabled(hidden.device.type) and torch.get_autocast_dtype(hidden.device.type) != hidden.dtype))
+
+
+def _chunk_loss(logits, targets, weights, transform) -> torch.Tensor:
+    return (F.cross_entropy(_wide(transform(logits)), targets, reduction="none") * weights).sum()
+
+
+def _add_product(hidden, targets, weights, head, transform, head_parameters, d_hidden, d_head) -> torch.Tensor:
+    """The loss of a chunk; its gradients are added to d_hidden and d_head."""
+    logits = F.linear(hidden, head.weight.detach()).requires_grad_()
+    with torch.enable_grad():
+        loss = _chunk_loss(logits, targets, weights, transform)
+    (d_logits,) = torch.autograd.grad(loss, logits)
+    torch.mm(d_logits, head.weight.detach(), out=d_hidden)
+    torch.addmm(d_head[0], d_logits.T, hidden, out=d_head[0])
+    return loss.detach()
+
+
+def _add_graph(hidden, targets, weights, head, transform, head_parameters, d_hidden, d_head) -> torch.Tensor:
+    """The same for any head: an adapter's, one with a bias, one that autocast casts."""
+    with torch.enable_grad():
+        h = hidden.detach().requires_grad_()
+        loss = _chunk_loss(head(h), targets, weights, transform)
+    grads = torch.autograd.grad(loss, [h, *head_parameters])
+    d_hidden += grads[0]
+    for total, grad in zip(d_head, grads[1:], strict=True):
+        total += grad
+    return loss.detach()
 
 
 def padded_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
