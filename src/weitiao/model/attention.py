@@ -131,11 +131,14 @@ class ByKeys(torch.autograd.Function):
     def forward(ctx, query, key, value, segments, scale):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         wide = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros(query.shape, dtype=wide, device=query.device)
-        lse = torch.full(query.shape[:3], -torch.inf, dtype=wide, device=query.device)
-        for keys, queries, causal in _calls(segments, query.shape[2], key.shape[2]):
+        out = torch.empty(query.shape, dtype=wide, device=query.device)
+        lse = torch.empty(query.shape[:3], dtype=wide, device=query.device)
+        for keys, queries, causal, first, _ in _calls(segments, query.shape[2], key.shape[2]):
             o, l = flash(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
-            _merge(out[:, :, queries], lse[:, :, queries], o, l)
+            if first:
+                out[:, :, queries], lse[:, :, queries] = o, l
+            else:
+                _merge(out[:, :, queries], lse[:, :, queries], o, l)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.scale = segments, scale
@@ -149,34 +152,41 @@ class ByKeys(torch.autograd.Function):
         types = [x.dtype for x in saved[:3]]
         # The CPU kernel's backward is three times as fast in fp32 as in bf16 on segments this short, and more exact.
         grad, query, key, value, out = (x.to(wide) for x in (grad, *saved))
-        d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
-        for keys, queries, causal in _calls(ctx.segments, query.shape[2], key.shape[2]):
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        for keys, queries, causal, first, first_of_keys in _calls(ctx.segments, query.shape[2], key.shape[2]):
             dq, dk, dv = backward(
                 grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
                 out[:, :, queries], lse[:, :, queries], 0.0, causal, scale=ctx.scale,
             )
-            d_query[:, :, queries] += dq
-            d_key[:, :, keys] += dk
-            d_value[:, :, keys] += dv
+            for total, places, part, new in ((d_query, queries, dq, first), (d_key, keys, dk, first_of_keys), (d_value, keys, dv, first_of_keys)):
+                if new:
+                    total[:, :, places] = part
+                else:
+                    total[:, :, places] += part
         return *(d.to(t) for d, t in zip((d_query, d_key, d_value), types, strict=True)), None, None
 
 
-def _calls(segments: list[Segment], nodes: int, keys: int) -> Iterator[tuple[slice, slice, bool]]:
-    """(keys, queries, causal) of each kernel call: a segment with itself, then everything below it with the segment."""
+def _calls(segments: list[Segment], nodes: int, keys: int) -> Iterator[tuple[slice, slice, bool, bool, bool]]:
+    """(keys, queries, causal, are these queries seen for the first time, are these keys) of each kernel call: a segment with
+    itself, then everything below it with the segment. What lies below one segment was seen with it, all of it."""
     prefix = keys - nodes
+    seen = 0
     if prefix:
-        yield slice(0, prefix), slice(0, nodes), False
+        yield slice(0, prefix), slice(0, nodes), False, True, True
+        seen = nodes
     for start, end, below in segments:
         own = slice(prefix + start, prefix + end)
-        yield own, slice(start, end), True
+        yield own, slice(start, end), True, start >= seen, True
+        seen = max(seen, end)
         if below > end:
-            yield own, slice(end, below), False
+            yield own, slice(end, below), False, end >= seen, False
+            seen = max(seen, below)
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add one more set of keys to a softmax, in place. Weights of old and new sum to one: exp(lse) are the two totals.
 
-    out and part [1, heads, q, d], lse and part_lse [1, heads, q]. Where nothing was seen yet lse is -inf and out is 0.
+    out and part [1, heads, q, d], lse and part_lse [1, heads, q].
     """
     total = torch.logaddexp(lse, part_lse)
     out.mul_((lse - total).exp_()[..., None]).addcmul_(part, (part_lse - total).exp_()[..., None])

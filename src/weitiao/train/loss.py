@@ -64,6 +64,8 @@ def logit_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1.0
     factor /= getattr(config, "logits_scaling", None) or 1.0
+    if factor == 1.0 and not cap:
+        return as_they_are
 
     def transform(logits: torch.Tensor) -> torch.Tensor:
         if factor != 1.0:
@@ -73,6 +75,10 @@ def logit_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return logits
 
     return transform
+
+
+def as_they_are(logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 def edge_nll(hidden, targets, head, transform, chunk: int = CHUNK) -> torch.Tensor:
@@ -124,8 +130,8 @@ class _EdgeLoss(torch.autograd.Function):
 
 
 def _is_plain_product(hidden, head, head_parameters) -> bool:
-    """Is the head hidden @ weight.T in one type, its weight trained? Then chunks add to one gradient, without one of their own."""
-    return (type(head) is nn.Linear and head.bias is None and len(head_parameters) == 1 and hidden.dtype == head.weight.dtype
+    """Is the head hidden @ weight.T in one type? Then, if its weight is trained, chunks add to one gradient, without one of their own."""
+    return (type(head) is nn.Linear and head.bias is None and hidden.dtype == head.weight.dtype and not head._forward_hooks
             and not (torch.is_autocast_enabled(hidden.device.type) and torch.get_autocast_dtype(hidden.device.type) != hidden.dtype))
 
 
@@ -135,13 +141,30 @@ def _chunk_loss(logits, targets, weights, transform) -> torch.Tensor:
 
 def _add_product(hidden, targets, weights, head, transform, head_parameters, d_hidden, d_head) -> torch.Tensor:
     """The loss of a chunk; its gradients are added to d_hidden and d_head."""
-    logits = F.linear(hidden, head.weight.detach()).requires_grad_()
+    logits = F.linear(hidden, head.weight.detach())
+    loss, d_logits = (_in_place if transform is as_they_are else _by_graph)(logits, targets, weights, transform)
+    torch.mm(d_logits, head.weight.detach(), out=d_hidden)
+    if head_parameters:
+        torch.addmm(d_head[0], d_logits.T, hidden, out=d_head[0])
+    return loss
+
+
+def _in_place(logits, targets, weights, transform) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, its gradient by the logits), which overwrites them: weight * (softmax - one at the target)."""
+    wide, targets, weights = _wide(logits), targets[:, None], weights[:, None]
+    top, at_target = wide.amax(-1, keepdim=True), wide.gather(1, targets)
+    total = wide.sub_(top).exp_().sum(-1, keepdim=True)
+    loss = ((total.log() + top - at_target) * weights).sum()
+    wide.mul_(weights / total).scatter_add_(1, targets, -weights.to(wide.dtype))
+    return loss, logits.copy_(wide)
+
+
+def _by_graph(logits, targets, weights, transform) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same through what a family does to its logits."""
+    logits.requires_grad_()
     with torch.enable_grad():
         loss = _chunk_loss(logits, targets, weights, transform)
-    (d_logits,) = torch.autograd.grad(loss, logits)
-    torch.mm(d_logits, head.weight.detach(), out=d_hidden)
-    torch.addmm(d_head[0], d_logits.T, hidden, out=d_head[0])
-    return loss.detach()
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
 def _add_graph(hidden, targets, weights, head, transform, head_parameters, d_hidden, d_head) -> torch.Tensor:
