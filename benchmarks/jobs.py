@@ -31,7 +31,7 @@ INSTRUCTION = (
 
 def as_instructions(file: Path, place: Path) -> Path:
     """Every fourth review of the file (it is sorted by class) as an instruction row, written to `place`."""
-    lines = file.read_text("utf-8").splitlines()[::4]
+    lines = file.read_text("utf-8").strip().split("\n")[::4]  # not splitlines: some reviews hold other line breaks
     rows = ({"instruction": INSTRUCTION, "input": row["text"], "output": "positive" if row["label"] else "negative"} for row in map(json.loads, lines))
     made = place / "reviews.jsonl"
     made.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
