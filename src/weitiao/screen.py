@@ -66,16 +66,16 @@ class Screen:
         self.console.print(table)
 
     def progress(self, items: Iterable, what: str) -> Iterator:
-        """Items, with a bar if they take longer than a moment."""
-        items = list(items) if not hasattr(items, "__len__") else items
-        if not self.live or len(items) < 2:
+        """Items, with a bar; without an end in sight where nobody knows how many there are."""
+        total = len(items) if hasattr(items, "__len__") else None
+        if not self.live or total in (0, 1):
             yield from items
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as bar:
-            yield from bar.track(items, description=what)
+            yield from bar.track(items, total, description=what)
 
     def meter(self, what: str, total: int | None) -> Meter:
         """Progress over rows whose number nobody knows before; total: bytes of their files, where that is known."""

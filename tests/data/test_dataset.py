@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from weitiao.config import DataSettings
-from weitiao.data import dataset
-from weitiao.data.dataset import Skipped, load, skipped_summary
+from weitiao.data import encoded
+from weitiao.data.dataset import load, skipped_summary
+from weitiao.data.gathered import Skipped
 from weitiao.data.templates import load_template
 from weitiao.data.tokens import encode_turns
 from weitiao.errors import RowError
@@ -169,7 +170,7 @@ def test_chats_are_cut_at_the_end_of_a_turn(load_rows, tokenizer):
 
 def test_a_chat_is_read_no_further_than_the_model_can(load_rows, monkeypatch):
     read = []
-    monkeypatch.setattr(dataset, "encode_turns", lambda turns, template: read.extend(turns) or encode_turns(turns, template))
+    monkeypatch.setattr(encoded, "encode_turns", lambda turns, template: read.extend(turns) or encode_turns(turns, template))
     turns = [{"from": ("human", "gpt")[i % 2], "value": "12"} for i in range(400)]
     data = load_rows([{"conversations": turns}], model_limit=20)  # 5 tokens a round
     assert len(read) == 5

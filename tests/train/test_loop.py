@@ -16,7 +16,7 @@ from conftest import example
 
 from weitiao import config
 from weitiao.data.conversation import Conversation, Message
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.errors import TrainingStopped
 from weitiao.train.loop import Schedule, Training, deal
 from weitiao.train.optimizer import warmup_steps

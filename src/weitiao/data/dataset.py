@@ -1,17 +1,19 @@
 """Settings -> the rows that can teach, encoded; and an account of those that cannot.
 
-    sources -> rows -> conversations -> turns -> ids -> cut to max_tokens -> Examples
+    sources -> rows -> conversations -> turns -> ids -> cut to max_tokens -> StoredRows
 
-A row that cannot teach (no answer, an unknown speaker, an answer cut away) is set aside with its place and the reason.
+Rows are streamed, and encoded by several processes where they are many. A row that cannot teach (no answer, an unknown
+speaker, an answer cut away) is set aside with its place and the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,34 +21,21 @@ import numpy as np
 from weitiao.config import DataSettings, Source
 from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation
-from weitiao.data.formats import CannotTeach, convert, detect, row_weight
+from weitiao.data.encoded import CHUNK, answer_of, read_row
+from weitiao.data.formats import detect
+from weitiao.data.gathered import Encoder, Gathered, Part, Skipped, fit, longest_turns
 from weitiao.data.labels import Labels, encode_labels, words_of
 from weitiao.data.rows import Row
-from weitiao.data.templates import Template, Turn
-from weitiao.data.tokens import EncodedTurn, cut_front, encode_prompts_alone, encode_turns, examples
-from weitiao.errors import RowError, TemplateError
-from weitiao.trie import Example
+from weitiao.data.stored import StoredRows
+from weitiao.data.templates import Template
+from weitiao.data.workers import in_order, usual_workers
+from weitiao.errors import RowError
 
 if TYPE_CHECKING:
     from weitiao.data.survey import Survey
 
 UNLIMITED = 1 << 30
-CHUNK = 256  # rows that are encoded together
-
-
-@dataclass(frozen=True)
-class Skipped:
-    where: str
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingRow:
-    """A row that can teach: where it stands, what was said, and its paths (one for each learned turn)."""
-
-    where: str
-    conversation: Conversation
-    examples: tuple[Example, ...]
+FEW = 4096  # rows that one process encodes as soon as several do
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +45,7 @@ class Dataset:
     labels: what the rows are classified as; None where texts are learned.
     """
 
-    rows: list[TrainingRow]
+    rows: StoredRows = field(default_factory=StoredRows.none)
     skipped: list[Skipped] = field(default_factory=list)
     max_tokens: int = 0
     cut: int = 0
@@ -67,31 +56,25 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        return sum(len(e) for row in self.rows for e in row.examples)
+        return self.rows.tokens
 
     @property
     def learned_tokens(self) -> int:
-        return sum(int((e.weights > 0).sum()) for row in self.rows for e in row.examples)
+        return self.rows.learned_tokens
 
     def fingerprint(self) -> str:
         """A hash of every id and weight, in order: the same rows, the same run."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            for example in row.examples:
-                digest.update(example.ids.tobytes())
-                digest.update(example.weights.tobytes())
-        return digest.hexdigest()
+        return self.rows.digest()
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """(rows to learn from, rows to measure on): `share` of the rows, drawn by the seed, at least one of each."""
-        places = list(dict.fromkeys(row.where for row in self.rows))  # a row that shares repeat stays on one side
-        measured = max(1, min(len(places) - 1, round(share * len(places))))
-        drawn = {places[i] for i in np.random.default_rng([seed, 0x5A]).permutation(len(places))[:measured]}
-        learn = [row for row in self.rows if row.where not in drawn]
-        measure = [row for row in self.rows if row.where in drawn]
+        places = self.rows.places()  # a row that shares repeat stays on one side
+        count = int(places.max()) + 1
+        measured = max(1, min(count - 1, round(share * count)))
+        drawn = np.isin(places, np.random.default_rng([seed, 0x5A]).permutation(count)[:measured])
         return (
-            Dataset(learn, self.skipped, self.max_tokens, self.cut, self.labels),
-            Dataset(measure, [], self.max_tokens, 0, self.labels),
+            replace(self, rows=self.rows.of(~drawn)),
+            Dataset(self.rows.of(drawn), [], self.max_tokens, 0, self.labels),
         )
 
 
@@ -99,6 +82,7 @@ def load(
     sources: Sequence[Source], settings: DataSettings, template: Template, model_limit: int, vocabulary: int, seed: int,
     max_tokens: int | None = None, progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
     task: str = "auto", labels: Labels | None = None, survey: Survey | None = None, rows: int | None = None, words: Sequence[str] = (),
+    workers: int | None = None, folder: Path | None = None,
 ) -> Dataset:
     """Read, convert, encode and cut the rows of some sources.
 
@@ -109,120 +93,165 @@ def load(
         survey: takes note of every row on the way, each once however often its file's share repeats it.
         rows: take the first so many of each source, and go on behind a broken line: for a look at them.
         words: the labels, where these rows may not have all of them.
+        workers: processes that encode; default: one a core, 8 at most, and one alone for few rows.
+        folder: where ids and what was said are written, in the place of memory.
 
     Raises:
         RowError: nothing can be learned from any row, too many rows cannot teach, or an id is outside the embedding.
     """
-    mixed = _read(sources, settings, seed, survey, rows)
-    said = [read_row(row, format, settings) for row, format in mixed]
-    labels = labels or _labels(task, [one.conversation for one in said if not one.reason], settings, template, words)
-    encoded: list[EncodedRow] = []
-    skipped: list[Skipped] = []
-    seen: set[int] = set()
-    for one in _encoded_in_chunks(progress(said, "Reading rows"), template, model_limit, labels):
-        if survey is not None and id(one.row) not in seen:
-            survey.add(one)
-            seen.add(id(one.row))
-        if one.reason:
-            skipped.append(Skipped(one.row.where, one.reason))
-        else:
-            encoded.append(one)
-    longest = [max(_length(turn, labels) for turn in one.turns) for one in encoded]
+    mixed = Mixed(sources, settings, seed, rows)
+    labels = labels or _labels(task, mixed, settings, template, words)
+    if survey is not None:
+        mixed.show_first(survey)
+    parts = _parts(mixed, Encoder(settings, template, model_limit, labels, survey.another() if survey is not None else None), workers)
+    first = list(islice(parts, 1))  # processes begin before a bar does: its thread is no company for a fork
+    read = Gathered(folder)
+    for _ in progress(_gathered(read, chain(first, parts), survey), "Reading rows"):
+        pass
+    longest = longest_turns(read, labels)
     limit = min(max_tokens or settings.max_tokens or usual_length(longest, labels is not None), model_limit)
-    cut_in_front = labels is not None and settings.cut != "end"
-    kept: list[TrainingRow] = []
-    cut = 0
-    for one, length in zip(encoded, longest, strict=True):
-        row, conversation, turns = one.row, one.conversation, one.turns
-        if length > limit and cut_in_front:
-            turns = _cut_in_front(conversation, turns, template, limit, labels)
-        fitting = tuple(examples(turns, limit, len(kept), row_weight(row, settings)))
-        paths = tuple(path for path in fitting if path.weights.any())
-        if fitting and not paths:
-            continue  # its weight is 0, which is a wish and no defect
-        if not paths:
-            prompt = len(turns[0].prompt)
-            skipped.append(Skipped(row.where, f"its answer is cut away: the prompt alone has {prompt} of {limit} tokens"))
-            continue
-        _refuse_outside(paths, vocabulary, row.where)
-        kept.append(TrainingRow(row.where, conversation.first_turns(len(fitting)), paths))
-        cut += length > limit
-    _refuse_if_too_many(skipped, len(mixed), settings)
-    if not kept:
-        raise RowError(f"Nothing can be learned from any of the {len(mixed)} rows: each has a weight of 0.",
+    fitted = fit(read, longest, limit, labels, template, settings.cut)
+    found = StoredRows.all(fitted.columns | read.long_columns(), list(read.files))
+    _refuse_outside(found, vocabulary)
+    skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
+    _refuse_if_too_many(skipped, read.rows, settings)
+    if not len(found):
+        raise RowError(f"Nothing can be learned from any of the {read.rows} rows: each has a weight of 0.",
                        f"Expected weights above 0 in the column {settings.weight_column!r}.")
-    return Dataset(kept, skipped, limit, cut, labels)
+    return Dataset(found, skipped, limit, fitted.cut, labels)
 
 
-# ------------------------------------------------------------------------------------------------- row by row
+def _parts(mixed: Mixed, encoder: Encoder, workers: int | None) -> Iterator[Part]:
+    chunks = mixed.chunks()
+    first = list(islice(chunks, FEW // CHUNK))
+    few = len(first) < FEW // CHUNK
+    return in_order(chain(first, chunks), encoder, workers or (1 if few else usual_workers()))
+
+
+def _gathered(read: Gathered, parts: Iterator[Part], survey: Survey | None) -> Iterator[None]:
+    """Put all parts into `read`, and their notes into `survey`. An item a row, for whoever shows how far it is."""
+    for part in parts:
+        read.add(part)
+        if survey is not None:
+            survey.merge(part.survey)
+        yield from (None for _ in range(part.rows))
+
+
+# ------------------------------------------------------------------------------------------------- which rows
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedRow:
-    """A row on its way: as a conversation, then with what is learned of it as ids, before anything is cut.
+class Opened:
+    """A source of which the first rows are read. names: what it calls its labels."""
 
-    reason: why it cannot teach, if it cannot; then there are no turns.
+    first: list[Row]
+    rest: Iterator[Row]
+    format: str
+    names: dict[int, str] | None
+
+    @classmethod
+    def of(cls, source: Source, settings: DataSettings, most: int | None) -> Opened:
+        told = reading.Reading(on_error=(lambda error: None) if most else None)
+        rows = islice(reading.read_rows(source.path, split=source.split, name=source.subset, reading=told), most)
+        first: list[Row] = []
+        format = detect((first.append(row) or row for row in rows), settings)
+        first += islice(rows, max(0, CHUNK - len(first)))
+        return cls(first, rows, format, names_of_labels(source, format, settings))
+
+    def rows(self) -> Iterator[Row]:
+        return (name_label(row, self.names) for row in chain(self.first, self.rest))
+
+
+@dataclass(eq=False)
+class Mixed:
+    """The rows of some sources, one source after the other, or mixed by their shares.
+
+    They are read anew each time they are asked for; those with shares stay in memory. most: rows of each source, in spite of
+    broken ones.
     """
 
-    row: Row
-    conversation: Conversation | None
-    turns: tuple[EncodedTurn, ...] = ()
-    reason: str = ""
+    sources: Sequence[Source]
+    settings: DataSettings
+    seed: int
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        self._fresh: list[Opened] | None = self._open()
+        self.formats = [one.format for one in self._fresh]
+        self._first = [[name_label(row, one.names) for row in one.first[:CHUNK]] for one in self._fresh]
+
+    def _open(self) -> list[Opened]:
+        return [Opened.of(source, self.settings, self.most) for source in self.sources]
+
+    def show_first(self, survey: Survey) -> None:
+        """For what most rows share."""
+        for first, format in zip(self._first, self.formats, strict=True):
+            survey.begin(first, format)
+
+    def rows(self) -> Iterator[tuple[Row, str, bool]]:
+        """Each row with its format; is it here for the first time?"""
+        if any(source.share is not None for source in self.sources):
+            yield from self._drawn
+            return
+        opened, self._fresh = self._fresh or self._open(), None
+        for one in opened:
+            yield from ((row, one.format, True) for row in one.rows())
+
+    @cached_property
+    def _drawn(self) -> list[tuple[Row, str, bool]]:
+        found = [list(one.rows()) for one in self._fresh]
+        formats = {id(row): format for rows, format in zip(found, self.formats, strict=True) for row in rows}
+        mixed = reading.mix(found, [source.share for source in self.sources], self.seed)
+        seen: set[int] = set()
+        return [(row, formats[id(row)], not (id(row) in seen or seen.add(id(row)))) for row in mixed]
+
+    def chunks(self) -> Iterator[tuple[tuple, ...]]:
+        """(rows, formats, are they new?) of CHUNK rows each."""
+        rows = self.rows()
+        while some := list(islice(rows, CHUNK)):
+            yield tuple(zip(*some, strict=True))
 
 
-def read_row(row: Row, format: str, settings: DataSettings) -> EncodedRow:
-    try:
-        return EncodedRow(row, convert(row, format, settings))
-    except CannotTeach as reason:
-        return EncodedRow(row, None, reason=str(reason))
+def names_of_labels(source: Source, format: str, settings: DataSettings) -> dict[int, str] | None:
+    """What a data set itself calls the labels 0, 1, …, where it does and data.labels does not."""
+    asked = format == "label" and not settings.labels
+    return reading.label_names(source.path, split=source.split, name=source.subset) if asked else None
 
 
-def encode_rows(said: Sequence[EncodedRow], template: Template, model_limit: int, classified: bool) -> list[EncodedRow]:
-    """Rows with their ids, the tokenizer called once for the first turns of all, once for the second ones, and so on.
-
-    classified: each row is a prompt alone, since its label is told by ids of its own.
-    """
-    turns: list[list[EncodedTurn]] = [[] for _ in said]
-    reasons = [one.reason for one in said]
-    going = {k: _turns_of(one.conversation, template, classified) for k, one in enumerate(said) if not one.reason}
-    while going:
-        met: dict[int, Turn] = {}
-        for k, rest in going.items():
-            try:
-                met |= {k: turn for turn in islice(rest, 1)}
-            except (CannotTeach, TemplateError) as reason:
-                reasons[k] = str(reason)
-        encode = encode_prompts_alone if classified else encode_turns
-        for k, encoded in zip(met, encode(list(met.values()), template), strict=True):
-            turns[k].append(encoded)
-        # A chat goes on up to where the model's limit ends it; one of 300 turns is not read to its end.
-        going = {k: going[k] for k in met if len(turns[k][-1]) <= model_limit}
-    return [replace(one, turns=() if reason else tuple(found), reason=reason) for one, found, reason in zip(said, turns, reasons, strict=True)]
+def name_label(row: Row, names: dict[int, str] | None) -> Row:
+    """A label by its name; -1 stands for none there."""
+    return replace(row, fields=row.fields | {"label": names.get(row.fields["label"])}) if names else row
 
 
-def _turns_of(conversation: Conversation, template: Template, classified: bool) -> Iterator[Turn]:
-    return _asked(conversation, template) if classified else template.turns(conversation)
+# ------------------------------------------------------------------------------------------------- learned as what, how long
 
 
-def _encoded_in_chunks(said: Iterable[EncodedRow], template: Template, model_limit: int, labels: Labels | None) -> Iterator[EncodedRow]:
-    said = iter(said)
-    while some := list(islice(said, CHUNK)):
-        for one in encode_rows(some, template, model_limit, labels is not None):
-            yield _labelled(one, labels) if labels else one
-
-
-def _labels(
-    task: str, conversations: Sequence[Conversation], settings: DataSettings, template: Template, words: Sequence[str] = (),
-) -> Labels | None:
+def _labels(task: str, mixed: Mixed, settings: DataSettings, template: Template, words: Sequence[str] = ()) -> Labels | None:
     """What rows are classified as, if they are: asked for, or all of them text and label.
 
     Raises:
         RowError: there is one label only, or the labels cannot be told apart.
     """
-    if not conversations or task == "answer" or (task == "auto" and not all(c.is_label for c in conversations)):
+    if task == "answer" or (task == "auto" and "label" not in mixed.formats):
         return None
-    conversations = [c for c in conversations if len(c.turns()) == 1] or conversations
-    return labels_of(words or words_of(conversations, settings.labels), conversations[0], settings, template)
+    known = words or words_of((), settings.labels)
+    alone: Conversation | None = None  # one that has a single answer
+    others: Conversation | None = None
+    met: dict[bool, set[str]] = {True: set(), False: set()}
+    for row, format, _ in mixed.rows():
+        one = read_row(row, format, settings)
+        if one.reason:
+            continue
+        if task == "auto" and not one.conversation.is_label:
+            return None
+        single = len(one.conversation.turns()) == 1
+        alone, others = alone or (one.conversation if single else None), others or one.conversation
+        met[single].add(answer_of(one.conversation))
+        if known and alone and (task == "classify" or set(mixed.formats) == {"label"}):
+            break
+    if others is None:
+        return None
+    return labels_of(known or sorted(met[True] or met[False]), alone or others, settings, template)
 
 
 def labels_of(words: Sequence[str], asked: Conversation, settings: DataSettings, template: Template) -> Labels:
@@ -246,91 +275,17 @@ def usual_length(longest: Sequence[int], whole: bool) -> int:
     return int(np.percentile(longest, 99, method="higher"))
 
 
-def _read(sources: Sequence[Source], settings: DataSettings, seed: int, survey: Survey | None, most: int | None) -> list[tuple[Row, str]]:
-    """Every row with the format of its file, mixed by the files' shares. most: rows of each file, in spite of broken ones."""
-    files = []
-    for source in sources:
-        told = reading.Reading(on_error=(lambda error: None) if most else None)
-        found = list(islice(reading.read_rows(source.path, split=source.split, name=source.subset, reading=told), most))
-        format = detect(found, settings)
-        names = names_of_labels(source, format, settings)
-        found = [name_label(row, names) for row in found] if names else found
-        if survey is not None:
-            survey.begin(found[:CHUNK], format)
-        files.append((found, format))
-    formats = {id(row): format for found, format in files for row in found}
-    mixed = reading.mix([found for found, _ in files], [source.share for source in sources], seed)
-    return [(row, formats[id(row)]) for row in mixed]
+# ------------------------------------------------------------------------------------------------- what is refused, and told
 
 
-def names_of_labels(source: Source, format: str, settings: DataSettings) -> dict[int, str] | None:
-    """What a data set itself calls the labels 0, 1, …, where it does and data.labels does not."""
-    asked = format == "label" and not settings.labels
-    return reading.label_names(source.path, split=source.split, name=source.subset) if asked else None
-
-
-def name_label(row: Row, names: dict[int, str] | None) -> Row:
-    """A label by its name; -1 stands for none there."""
-    return replace(row, fields=row.fields | {"label": names.get(row.fields["label"])}) if names else row
-
-
-def _asked(conversation: Conversation, template: Template) -> Iterator[Turn]:
-    """The one prompt of a row with a label."""
-    first, *more = conversation.turns()
-    if more:
-        raise CannotTeach(f"{len(more) + 1} answers in one row, where one label is to be learned")
-    yield Turn(template.render(conversation.as_dicts(first), True, conversation.tools), "", conversation.messages[first].weight)
-
-
-def _labelled(one: EncodedRow, labels: Labels) -> EncodedRow:
-    """The label's ids behind the one prompt."""
-    one = refuse_unknown(one, labels.words)
-    return one if one.reason else replace(one, turns=(replace(one.turns[0], answer=labels.of(answer_of(one.conversation))),))
-
-
-def refuse_unknown(one: EncodedRow, words: Sequence[str]) -> EncodedRow:
-    """The row, or why not: its label is another than these."""
-    if one.reason or (word := answer_of(one.conversation)) in words:
-        return one
-    return replace(one, turns=(), reason=f"its label is none of {', '.join(words)}: {_short(word)!r}")
-
-
-def answer_of(conversation: Conversation) -> str:
-    """What is learned first: of a row with a label, its word."""
-    return conversation.messages[conversation.turns()[0]].content
-
-
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else text[:most] + "…"
-
-
-def _length(turn: EncodedTurn, labels: Labels | None) -> int:
-    """What a turn takes; before any label the same room is left, so that no prompt's length tells its label."""
-    return len(turn.prompt) + labels.longest if labels else len(turn)
-
-
-def _cut_in_front(
-    conversation: Conversation, turns: Sequence[EncodedTurn], template: Template, limit: int, labels: Labels | None,
-) -> list[EncodedTurn]:
-    """Each turn's prompt without the front of what was said, as far as it must."""
-    def fitting(turn: EncodedTurn, place: int) -> EncodedTurn:
-        too_much = _length(turn, labels) - limit
-        if too_much <= 0:
-            return turn
-        head = template.head(conversation.as_dicts(place), conversation.tools)
-        return replace(turn, prompt=cut_front(turn.prompt, len(turn.prompt) - too_much, head))
-
-    return [fitting(turn, place) for turn, place in zip(turns, conversation.turns())]
-
-
-def _refuse_outside(paths: Sequence[Example], vocabulary: int, where: str) -> None:
-    for path in paths:
-        if path.ids.max() >= vocabulary:
-            raise RowError(
-                f"{where}: token id {int(path.ids.max())} is outside the model's embedding of {vocabulary} rows.",
-                "Expected a tokenizer that belongs to the model.",
-                "Use the tokenizer that came with the model, or leave out the tokens that were added to it.",
-            )
+def _refuse_outside(found: StoredRows, vocabulary: int) -> None:
+    if outside := found.first_outside(vocabulary):
+        where, highest = outside
+        raise RowError(
+            f"{where}: token id {highest} is outside the model's embedding of {vocabulary} rows.",
+            "Expected a tokenizer that belongs to the model.",
+            "Use the tokenizer that came with the model, or leave out the tokens that were added to it.",
+        )
 
 
 def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSettings) -> None:

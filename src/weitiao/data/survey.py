@@ -24,7 +24,8 @@ import numpy as np
 
 from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation
-from weitiao.data.dataset import EncodedRow, answer_of, encode_rows, read_row, refuse_unknown, usual_length
+from weitiao.data.dataset import usual_length
+from weitiao.data.encoded import EncodedRow, answer_of, encode_rows, read_row, refuse_unknown
 from weitiao.data.defects import DEFECTS, find_all
 from weitiao.data.findings import MOST_PLACES, Finding, Kind, Severity, Tally
 from weitiao.data.formats import row_weight
@@ -219,9 +220,13 @@ class Survey:
     def bytes(self) -> int:
         return len(self.sketches) + sum(len(column) * column.itemsize for column in self.columns.values())
 
+    def another(self) -> Survey:
+        """An empty one, to be merged into this one."""
+        return Survey(self.facts, self.frequent)
+
     def begin(self, rows: Sequence[Row], format: str) -> None:
         """The first rows of a file, for what most of them share."""
-        self._sketch()
+        self.sketch_all()
         said = [read_row(row, format, self.facts.settings) for row in rows]
         shared = frequent_grams(loose(one.conversation) for one in said if not one.reason)
         self.frequent = np.union1d(self.frequent, shared)
@@ -261,15 +266,15 @@ class Survey:
         self._said.append(said)
         self._characters += len(said)
         if self._characters > TOGETHER:
-            self._sketch()
+            self.sketch_all()
 
     @property
     def sketches(self) -> bytearray:
         """32 bytes a row."""
-        self._sketch()
+        self.sketch_all()
         return self._sketches
 
-    def _sketch(self) -> None:
+    def sketch_all(self) -> None:
         """Of what was said since the last time."""
         self._sketches += sketches_of(self._said, self.frequent)
         self._said, self._characters = [], 0
@@ -567,5 +572,5 @@ class Surveyor:
         said = [read_row(row, format, self.facts.settings) for row in rows]
         for one in encode_rows(said, self.template, self.model_limit, self.classified):
             survey.add(refuse_unknown(one, self.words) if self.words else one)
-        survey._sketch()  # it may go to another process, without what was said
+        survey.sketch_all()  # it may go to another process, without what was said
         return survey

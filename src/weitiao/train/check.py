@@ -7,17 +7,10 @@ Rows are streamed: a few chunks are in memory at a time, and what is kept of a r
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
-import os
 import re
-import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,15 +18,17 @@ from typing import Any
 
 from weitiao.config import DataSettings, Settings, Source
 from weitiao.data import rows as reading
-from weitiao.data.dataset import CHUNK, labels_of, name_label, names_of_labels
+from weitiao.data.dataset import labels_of, name_label, names_of_labels
 from weitiao.data.defects import find_all
+from weitiao.data.encoded import CHUNK
 from weitiao.data.findings import SEVERITIES, Finding, Kind, Tally, worst_first
 from weitiao.data.formats import detect
 from weitiao.data.labels import Labels, words_of
 from weitiao.data.rows import Row
 from weitiao.data.survey import Facts, Lengths, Survey, Surveyor
 from weitiao.data.templates import Template, load_template
-from weitiao.errors import RowError, SettingError, SourceError
+from weitiao.data.workers import in_order, usual_workers
+from weitiao.errors import RowError, SettingError
 from weitiao.model import load as loading
 from weitiao.model.methods import method_of
 from weitiao.screen import Screen, duration
@@ -42,7 +37,6 @@ from weitiao.train.folder import write_asked
 from weitiao.train.tree import folder_of
 
 PEEKED = 1000  # rows that a file's format is told from, and that make a small one
-MOST_WORKERS = 8
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 SUFFIXES = "|".join(re.escape(suffix) for suffix in sorted(reading.READERS, key=len, reverse=True))
 BAR = 40  # characters
@@ -191,7 +185,7 @@ class Reader:
         surveyor = Surveyor(survey.facts, self.template, self.room, self.classified, known if self.classified else (), survey.frequent)
         chunks = (chunk for one in opened for chunk in one.chunks(self.most))
         small = all(one.is_small for one in opened)
-        self.used = max(self.used, workers := 1 if small else self.workers or min(os.cpu_count() or 1, MOST_WORKERS))
+        self.used = max(self.used, workers := 1 if small else self.workers or usual_workers())
         sizes = [reading.bytes_by_lines(source.path, source.split) for source in sources]
         total = sum(sizes) if all(sizes) and not self.most else None
         with self.screen.meter("Checking rows", total) as meter:
@@ -237,42 +231,6 @@ class Opened:
         rows = islice(chain(self.peeked, self.rest), most)
         while some := [name_label(row, self.names) for row in islice(rows, CHUNK)]:
             yield some, self.format
-
-
-def in_order(chunks: Iterator[tuple[list[Row], str]], surveyor: Surveyor, workers: int) -> Iterator[Survey]:
-    """The surveys of chunks in their order. No more chunks are read than the processes are about to take."""
-    if workers == 1:
-        yield from (surveyor(*chunk) for chunk in chunks)
-        return
-    # A fork has the tokenizer at once; elsewhere it is sent to each process as it starts.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(surveyor,)) as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_survey, *chunk))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise SourceError("A process that read rows was ended from outside, most likely for want of memory.", "",
-                              "Check again with other programs closed, or with --workers 1.") from error
-        finally:
-            for one in waiting:
-                one.cancel()
-
-
-def _begin(surveyor: Surveyor) -> None:
-    global _surveyor
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    gc.freeze()  # nor does each go through, and so copy, what they share of the memory
-    gc.set_threshold(100_000)  # a chunk's objects are many and no rings
-    _surveyor = surveyor
-
-
-def _survey(rows: list[Row], format: str) -> Survey:
-    return _surveyor(rows, format)
 
 
 # ------------------------------------------------------------------------------------------------ judging

@@ -17,7 +17,7 @@ import torch
 from weitiao import metrics
 from weitiao.config import EvaluationSettings
 from weitiao.data.batch import padded_batch, trie_batch
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.data.labels import Labels, prompt_of
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
 from weitiao.data.templates import Template

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from weitiao.config import Settings
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.errors import RunError, TrainingStopped

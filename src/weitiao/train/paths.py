@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.data.spelling import Piece, Spelling, seen
 from weitiao.trie import Example, build_with_paths
 
@@ -172,8 +172,9 @@ def seen_place(where: str) -> str:
 
 def choose(rows: Sequence[TrainingRow], count: int, looked_at: int = LOOKED_AT) -> list[TrainingRow]:
     """The first `count` rows; and, where they share little, the two that share most of a prompt among the first few thousand."""
-    chosen = list(rows[:count])
-    if best := _most_sharing(rows[:looked_at]):
+    known = list(rows[: max(count, looked_at)])  # made once: a row is told from others by being the same object
+    chosen = known[:count]
+    if best := _most_sharing(known[:looked_at]):
         shown = _most_sharing(chosen)
         if not shown or _shared_given(best) > 2 * _shared_given(shown):
             chosen += [row for row in (best.owner.row, best.row) if all(row is not other for other in chosen)]

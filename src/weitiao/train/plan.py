@@ -155,7 +155,7 @@ def subject_of(settings: Settings, screen: Screen, tokens: int | None, rows: int
     room, vocabulary = room_and_vocabulary(settings, method, template, config)
     data = load(settings.data.train, settings.data, template, room, max(vocabulary, len(tokenizer)), settings.training.seed,
                 progress=screen.progress, task=settings.task)
-    return Subject(settings, config, [row.examples for row in data.rows], tokenizer, method), f"{len(data):,} rows of up to {data.max_tokens:,} tokens{note}"
+    return Subject(settings, config, data.rows.paths, tokenizer, method), f"{len(data):,} rows of up to {data.max_tokens:,} tokens{note}"
 
 
 NONE = "none"  # data.train where no rows are named

@@ -22,7 +22,8 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from weitiao.data.dataset import Dataset, TrainingRow
+from weitiao.data.dataset import Dataset
+from weitiao.data.stored import TrainingRow
 from weitiao.data.findings import Finding
 from weitiao.data.spelling import MARKS, Piece, Spelling, visible
 from weitiao.data.templates import Template

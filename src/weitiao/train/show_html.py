@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.data.findings import Finding
 from weitiao.data.spelling import MARKS, Piece, Spelling, seen, visible
 from weitiao.data.templates import Template

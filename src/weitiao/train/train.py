@@ -140,7 +140,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     data, eval_data, checked = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
-    subject = Subject(settings, model_config, [row.examples for row in data.rows], template.tokenizer, method)
+    subject = Subject(settings, model_config, data.rows.paths, template.tokenizer, method)
     screen.tell(f"Planning the memory of {settings.model.name} …")
     planned = plan_of(subject, accelerator, screen)
     if planned and not force:
@@ -156,8 +156,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         obstacle = loading.trie_obstacle(model)
         refuse_unsound(model, base)
         learn_on_tries(model)
-        examples = [example for row in data.rows for example in row.examples]
-        model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, examples)
+        model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, data.rows.examples)
         fused.fuse(model)
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
@@ -236,7 +235,7 @@ def read_rows(
         raise SettingError("samples.prompts are answered in words, and this run tells labels: all its rows are text and label.",
                            "Expected no prompts (samples.prompts=[]), or task=answer.",
                            "Afterwards, `weitiao generate RUN --prompt TEXT` tells the label of any text.")
-    eval_data = Dataset([])
+    eval_data = Dataset()
     if settings.data.eval:
         counted = eval_settings(settings.data)
         measured = Survey(Facts.of(counted, template, vocabulary))

@@ -8,7 +8,8 @@ from typing import Any
 
 from weitiao import metrics
 from weitiao.config import EvaluationSettings, Source
-from weitiao.data.dataset import Dataset, TrainingRow, skipped_summary
+from weitiao.data.dataset import Dataset, skipped_summary
+from weitiao.data.stored import TrainingRow
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train import memory

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from weitiao.config import Settings
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.errors import RunError, SettingError
 from weitiao.model import quantize
 from weitiao.model.load import DTYPES, load_model

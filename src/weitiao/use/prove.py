@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from weitiao.data.dataset import TrainingRow
+from weitiao.data.stored import TrainingRow
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train.folder import Checkpoint, RunFolder, open_run

@@ -1,0 +1,62 @@
+"""Chunks of rows -> what is made of each, by several processes, in their order."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from weitiao.errors import SourceError
+
+MOST_WORKERS = 8
+
+
+def usual_workers() -> int:
+    """One a core."""
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], workers: int) -> Iterator[Any]:
+    """`work` of each chunk's items, in the order of the chunks. No more chunks are read than the processes are about to take.
+
+    Raises:
+        SourceError: a process was ended from outside.
+    """
+    if workers == 1:
+        yield from (work(*chunk) for chunk in chunks)
+        return
+    # A fork has the tokenizer at once; elsewhere it is sent to each process as it starts.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
+        waiting: deque[Any] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_work, *chunk))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise SourceError("A process that read rows was ended from outside, most likely for want of memory.", "",
+                              "Try again with other programs closed; `weitiao check --workers 1` reads in one process.") from error
+        finally:
+            for one in waiting:
+                one.cancel()
+
+
+def _begin(work: Callable[..., Any]) -> None:
+    global _work_of_all
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    gc.freeze()  # nor does each go through, and so copy, what they share of the memory
+    gc.set_threshold(100_000)  # a chunk's objects are many and no rings
+    _work_of_all = work
+
+
+def _work(*chunk: Any) -> Any:
+    return _work_of_all(*chunk)
