@@ -121,6 +121,7 @@ class DataSettings(Group):
     cut: Literal["auto", "end", "front"] = setting("auto", "what a row longer than that loses: the end of its answer, or, before a label, the front of what was said; auto: whichever fits")
     bad_rows: Literal["skip", "refuse"] = setting("skip", "rows that cannot teach: skip and name them, or stop")
     bad_share: float = setting(0.05, "stop in any case when more than this share of the rows cannot teach", ge=0, le=1)
+    cache_gb: float = setting(20.0, "encoded rows that weitiao's cache keeps for the next run, at most; those not used for longest go first; 0: none", "GB", ge=0)
 
 
 class LoraSettings(Group):

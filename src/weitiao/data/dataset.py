@@ -112,7 +112,7 @@ def load(
     limit = min(max_tokens or settings.max_tokens or usual_length(longest, labels is not None), model_limit)
     fitted = fit(read, longest, limit, labels, template, settings.cut)
     found = StoredRows.all(fitted.columns | read.long_columns(), list(read.files))
-    _refuse_outside(found, vocabulary)
+    refuse_outside(found, vocabulary)
     skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
     _refuse_if_too_many(skipped, read.rows, settings)
     if not len(found):
@@ -278,7 +278,11 @@ def usual_length(longest: Sequence[int], whole: bool) -> int:
 # ------------------------------------------------------------------------------------------------- what is refused, and told
 
 
-def _refuse_outside(found: StoredRows, vocabulary: int) -> None:
+def refuse_outside(found: StoredRows, vocabulary: int) -> None:
+    """
+    Raises:
+        RowError: a row has an id that the model's embedding lacks.
+    """
     if outside := found.first_outside(vocabulary):
         where, highest = outside
         raise RowError(

@@ -18,7 +18,7 @@ import importlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +98,30 @@ def bytes_by_lines(path: str, split: str = "train") -> int | None:
         return None
     by_lines = files and all(_suffix(file) in BY_LINE for file in files)
     return sum(Path(file).expanduser().stat().st_size for file in files) if by_lines else None
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """names: of the files, as rows bear them; kinds: how each is read. files: those whose content decides the rows."""
+
+    names: list[str]
+    kinds: list[str]
+    files: list[Path]
+
+
+def local_files(path: str, split: str = "train") -> LocalFiles | None:
+    """What a source is made of here; None for one on a hub.
+
+    Raises:
+        SourceError: there is no such source.
+    """
+    place = Path(path).expanduser()
+    if any(path.startswith(prefix) for prefix in HUBS) or _is_hub_id(path):
+        return None
+    if _is_saved(place):
+        return LocalFiles([path], ["saved"], sorted(file for file in place.rglob("*") if file.is_file()))
+    names = _files(path, split)
+    return LocalFiles(names, [_suffix(name) for name in names], [Path(name).expanduser() for name in names])
 
 
 def label_names(path: str, split: str = "train", name: str | None = None) -> dict[int, str] | None:
@@ -261,6 +285,16 @@ def _missing(path: str) -> SourceError:
 
 def where_of(file: str, line: int) -> str:
     return f"{file}:{line}" if _suffix(file).removesuffix(".gz") in BY_LINE else f"{file}, row {line}"
+
+
+def place_of(where: str, files: Mapping[str, int]) -> tuple[int, int]:
+    """`rows.jsonl:12` -> (the file's number, 12)
+
+    Raises:
+        KeyError: it is none of these files.
+    """
+    file, line = re.fullmatch(r"(.*?)(?::|, row )(\d+)", where, re.DOTALL).groups()
+    return files[file], int(line)
 
 
 def _at_least_one(path: str, rows: Iterator[Row]) -> Iterator[Row]:

@@ -16,7 +16,7 @@ import hashlib
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,8 @@ from weitiao.data.defects import DEFECTS, find_all
 from weitiao.data.findings import MOST_PLACES, Finding, Kind, Severity, Tally
 from weitiao.data.formats import row_weight
 from weitiao.data.labels import Labels
-from weitiao.data.rows import Row, where_of
+from weitiao.data.rows import Row, place_of, where_of
+from weitiao.data.stored import conversation_of, said_by
 from weitiao.data.templates import Template
 from weitiao.errors import RowError
 
@@ -314,6 +315,37 @@ class Survey:
         for mine, theirs in ((self.tallies, later.tallies), (self.skips, later.skips)):
             for name, tally in theirs.items():
                 mine[name].merge(tally)
+
+    def as_facts(self, files: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """(what can be written as JSON, the columns); places by the numbers of their files."""
+        def plain(tallies: Mapping[str, Tally]) -> dict[str, Any]:
+            return {name: [tally.count, [place_of(where, files) for where in tally.where], tally.detail] for name, tally in tallies.items()}
+
+        facts = {
+            "rows": self.rows, "skipped": self.skipped, "files": [files[file] for file in self.files], "words": list(self.words),
+            "tallies": plain(self.tallies), "skips": plain(self.skips), "asked": said_by(self.asked).decode() if self.asked else None,
+        }
+        columns = {name: self.column(name) for name in self.columns}
+        return facts, columns | {"sketches": np.frombuffer(bytes(self.sketches), np.uint8)}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray], files: Sequence[str]) -> Survey:
+        """What `as_facts` was made of, its files named as they are here; to be merged into another."""
+        survey = cls(Facts(DataSettings.model_construct(), 0, None, 0))
+
+        def read(tallies: Mapping[str, Any]) -> dict[str, Tally]:
+            return {name: Tally(count, [where_of(files[file], line) for file, line in places], detail) for name, (count, places, detail) in tallies.items()}
+
+        survey.rows, survey.skipped = facts["rows"], facts["skipped"]
+        survey.files = {files[number]: i for i, number in enumerate(facts["files"])}
+        survey.words = {word: i for i, word in enumerate(facts["words"])}
+        survey.tallies.update(read(facts["tallies"]))
+        survey.skips.update(read(facts["skips"]))
+        survey.asked = conversation_of(facts["asked"].encode()) if facts["asked"] else None
+        for name, column in survey.columns.items():
+            column.frombytes(columns[name].tobytes())
+        survey._sketches += columns["sketches"].tobytes()
+        return survey
 
     # ------------------------------------------------------------------------------------ what it comes to
 

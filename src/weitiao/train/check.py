@@ -18,6 +18,7 @@ from typing import Any
 
 from weitiao.config import DataSettings, Settings, Source
 from weitiao.data import rows as reading
+from weitiao.data.cache import Cache
 from weitiao.data.dataset import labels_of, name_label, names_of_labels
 from weitiao.data.defects import find_all
 from weitiao.data.encoded import CHUNK
@@ -31,6 +32,7 @@ from weitiao.data.workers import in_order, usual_workers
 from weitiao.errors import RowError, SettingError
 from weitiao.model import load as loading
 from weitiao.model.methods import method_of
+from weitiao.model.source import cache_folder
 from weitiao.screen import Screen, duration
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import write_asked
@@ -136,6 +138,11 @@ def room_and_vocabulary(settings: Settings, method: Any, template: Template, mod
     room = room_beside(method.virtual_tokens(settings.method, template.tokenizer), loading.model_limit(model_config))
     vocabulary = model_config.get_text_config().vocab_size
     return room, max(vocabulary, len(template.tokenizer)) if settings.tokens.add else vocabulary
+
+
+def cache_of(settings: DataSettings, screen: Screen | None = None) -> Cache:
+    """Where encoded rows are kept for the next run."""
+    return Cache(cache_folder() / "rows", int(settings.cache_gb * 1e9), *([lambda text: screen.tell(text, style="yellow")] if screen else []))
 
 
 def room_beside(virtual_tokens: int, limit: int) -> int:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from weitiao.config import Settings
-from weitiao.data.dataset import load
 from weitiao.data.templates import load_template
 from weitiao.errors import SettingError, SourceError, nearest
 from weitiao.model import load as loading
@@ -27,7 +26,7 @@ from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.added import WithTokens
 from weitiao.model.source import EMBEDDED
 from weitiao.screen import Screen, duration, format_bytes
-from weitiao.train.check import room_and_vocabulary
+from weitiao.train.check import cache_of, room_and_vocabulary
 from weitiao.train.devices import device_named, parse_bytes
 from weitiao.train.folder import write_asked
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs, standing
@@ -153,8 +152,10 @@ def subject_of(settings: Settings, screen: Screen, tokens: int | None, rows: int
     template = load_template(settings.data.template, tokenizer)
     method = method_of(settings, tokenizer)
     room, vocabulary = room_and_vocabulary(settings, method, template, config)
-    data = load(settings.data.train, settings.data, template, room, max(vocabulary, len(tokenizer)), settings.training.seed,
-                progress=screen.progress, task=settings.task)
+    data = cache_of(settings.data, screen).load(
+        settings.data.train, settings.data, template, room, max(vocabulary, len(tokenizer)), settings.training.seed,
+        progress=screen.progress, task=settings.task,
+    )
     return Subject(settings, config, data.rows.paths, tokenizer, method), f"{len(data):,} rows of up to {data.max_tokens:,} tokens{note}"
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 
 from weitiao import __version__
 from weitiao.config import DataSettings, Settings, Source
-from weitiao.data.dataset import Dataset, load
+from weitiao.data.dataset import Dataset
 from weitiao.data.packing import trie_passes
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
@@ -35,7 +35,7 @@ from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.train import memory, samples, stepping
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
-from weitiao.train.check import Report, eval_settings, report, room_and_vocabulary, show_brief
+from weitiao.train.check import Report, cache_of, eval_settings, report, room_and_vocabulary, show_brief
 from weitiao.train.evaluation import questions
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
@@ -229,7 +229,8 @@ def read_rows(
     samples.refuse_too_long(settings, template, room)
     facts = (template, room, vocabulary, settings.training.seed)
     survey, measured = Survey(Facts.of(settings.data, template, vocabulary)), None
-    data = load(settings.data.train, settings.data, *facts, progress=screen.progress, task=settings.task, survey=survey)
+    cache = cache_of(settings.data, screen)
+    data = cache.load(settings.data.train, settings.data, *facts, progress=screen.progress, task=settings.task, survey=survey)
     refuse_idle(settings, data)
     if data.labels and settings.samples.prompts:
         raise SettingError("samples.prompts are answered in words, and this run tells labels: all its rows are text and label.",
@@ -239,8 +240,8 @@ def read_rows(
     if settings.data.eval:
         counted = eval_settings(settings.data)
         measured = Survey(Facts.of(counted, template, vocabulary))
-        eval_data = load(settings.data.eval, counted, *facts, max_tokens=data.max_tokens, progress=screen.progress,
-                         task=task_of(data), labels=data.labels, survey=measured)
+        eval_data = cache.load(settings.data.eval, counted, *facts, max_tokens=data.max_tokens, progress=screen.progress,
+                               task=task_of(data), labels=data.labels, survey=measured)
     checked = report(settings, survey, measured, template, room, setting_findings(settings, template, model_config, len(data)))
     if not settings.data.eval and settings.data.eval_share and len(data) > 1:
         data, eval_data = data.split(settings.data.eval_share, settings.training.seed)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from weitiao.config import ModelSettings, Settings, Source
-from weitiao.data.dataset import Dataset, load
+from weitiao.data.dataset import Dataset
 from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.data.tokens import cut_front
@@ -24,6 +24,7 @@ from weitiao.model.methods.method import Method
 from weitiao.model.source import model_folder
 from weitiao.screen import Screen
 from weitiao.train import memory
+from weitiao.train.check import cache_of
 from weitiao.train.evaluation import Progress, label_nll, no_progress
 from weitiao.train.folder import RunFolder, open_run
 from weitiao.train.loss import learn_on_tries
@@ -53,9 +54,9 @@ class Trained:
     def read(self, sources: Sequence[Source], progress: Progress = no_progress, own: bool = False) -> Dataset:
         """Rows as the run reads them. own: those it was trained on, which data.weight_column is for."""
         data = self.settings.data if own else self.settings.data.model_copy(update={"weight_column": None})
-        return load(
+        return cache_of(data).load(
             sources, data, self.template, self.row_limit, self.model.config.get_text_config().vocab_size, self.settings.training.seed,
-            data.max_tokens, progress, "classify" if self.labels else "answer", self.labels,
+            data.max_tokens, "classify" if self.labels else "answer", self.labels, progress=progress,
         )
 
     def prompt_ids(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> np.ndarray:

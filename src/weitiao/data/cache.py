@@ -1,0 +1,340 @@
+"""Encoded rows on disk, found again by what they were made of: a second run on the same rows begins at once.
+
+    files' content, tokenizer, template, settings ── key ── CACHE/<key>/facts      labels, skipped rows, what a survey noted
+                                                                       ids, begin, …  the columns of StoredRows, mapped
+                                                         CACHE/<key>.same   the key under which rows lie that another key asks for
+
+Nothing in it is trusted: every file is told whole by its length and checksum, and what is not is made anew. An entry is
+renamed into place, so that it is whole or absent. Rows stand by the number of their file, not by its name: a run that goes on
+from elsewhere names the same file otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from weitiao import trie
+from weitiao.config import DataSettings, Source
+from weitiao.data import rows as reading
+from weitiao.data.dataset import Dataset, load, refuse_outside
+from weitiao.data.gathered import Skipped
+from weitiao.data.labels import Labels
+from weitiao.data.stored import COLUMNS, StoredRows
+from weitiao.data.survey import Survey
+from weitiao.data.templates import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEAST_BYTES = 1 << 20  # of the rows' files: less is encoded before it is found
+# Settings that say nothing of the rows' ids, or are told otherwise.
+ELSEWHERE = {"train", "eval", "eval_share", "template", "max_tokens", "cache_gb"}
+PACKAGES = ("transformers", "tokenizers", "jinja2")
+BLOCK = 1 << 24  # bytes that are checked in one go
+
+
+@dataclass(frozen=True)
+class Cache:
+    """folder: where entries lie. most: their bytes; beyond that, those go that were not used for longest."""
+
+    folder: Path
+    most: int
+    notify: Callable[[str], None] = lambda text: None
+
+    def load(
+        self, sources: Sequence[Source], settings: DataSettings, template: Template, model_limit: int, vocabulary: int, seed: int,
+        max_tokens: int | None = None, task: str = "auto", labels: Labels | None = None, survey: Survey | None = None, **how: Any,
+    ) -> Dataset:
+        """As dataset.load, from the cache where it holds these rows; else they are put into it. how: what changes no row."""
+        asked = Asked(sources, settings, template, model_limit, seed, max_tokens or settings.max_tokens, task, labels)
+
+        def made(survey: Survey | None, folder: Path | None = None) -> Dataset:
+            return load(sources, settings, template, model_limit, vocabulary, seed, max_tokens, task=task, labels=labels,
+                        survey=survey, folder=folder, **how)
+
+        if not self.most or not asked.can_be_told():
+            return made(survey)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._alone(asked.key):
+                data, noted = self._find(asked, survey is not None) or self._make(asked, survey, made)
+        except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
+            self._cannot_keep(error)
+            return made(survey)
+        refuse_outside(data.rows, vocabulary)
+        if survey is not None:
+            survey.merge(noted)
+        return data
+
+    def _cannot_keep(self, error: Exception) -> None:
+        self.notify(f"Encoded rows cannot be kept for the next run: {error}. This one goes on without.")
+
+    # ---------------------------------------------------------------------------------------------- finding
+
+    def _find(self, asked: Asked, surveyed: bool) -> tuple[Dataset, Survey | None] | None:
+        entry = self.folder / asked.key
+        try:
+            if not entry.is_dir():
+                entry = self.folder / (self.folder / f"{asked.key}.same").read_text("ascii")
+            facts = _read_facts(entry / "facts")
+            if surveyed and not facts["survey"]:
+                return None
+            arrays = {name: _whole(entry / name, **told) for name, told in facts["arrays"].items()}
+            found = _from_facts(facts, arrays, asked.names)
+            os.utime(entry / "facts")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
+
+    # ---------------------------------------------------------------------------------------------- making
+
+    def _make(self, asked: Asked, survey: Survey | None, made: Callable[..., Dataset]) -> tuple[Dataset, Survey | None]:
+        for leftover in self.folder.glob(f"{asked.key}.partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = self.folder / f"{asked.key}.partial-{os.getpid()}"
+        staging.mkdir()
+        try:
+            noted = None if survey is None else Survey(survey.facts)
+            data = made(noted, staging)
+            if asked.is_unchanged():
+                try:
+                    self._keep(asked, data, noted, staging)
+                except OSError as error:
+                    self._cannot_keep(error)
+            return data, noted
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # what is mapped from it stays
+
+    def _keep(self, asked: Asked, data: Dataset, noted: Survey | None, staging: Path) -> None:
+        facts, arrays = _to_facts(data, noted, asked.names)
+        _write(facts, arrays, staging)
+        size = _size(staging)
+        if size > self.most:
+            self.notify(f"Encoded, the rows take {size / 1e9:.1f} GB: too much to be kept (data.cache_gb).")
+            return
+        target = self.folder / asked.key
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staging, target)
+        same = asked.key_with(data.max_tokens, "classify" if data.labels else "answer")  # as a run that goes on asks
+        if same != asked.key:
+            part = self.folder / f"{same}.partial-{os.getpid()}"
+            part.write_text(asked.key, "ascii")
+            os.replace(part, self.folder / f"{same}.same")
+        with contextlib.suppress(OSError):  # another process makes room too
+            self._make_room(target)
+
+    def _make_room(self, newest: Path) -> None:
+        entries = [facts.parent for facts in self.folder.glob("*/facts")]
+        by_use = sorted((entry for entry in entries if entry != newest), key=lambda entry: (entry / "facts").stat().st_mtime)
+        total = sum(map(_size, entries))
+        for entry in by_use:
+            if total <= self.most:
+                break
+            total -= _size(entry)
+            going = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
+            os.rename(entry, going)
+            shutil.rmtree(going, ignore_errors=True)
+        for same in self.folder.glob("*.same"):
+            if not (self.folder / same.read_text("ascii")).is_dir():
+                same.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Of several runs, or processes of one, that want the same rows, one encodes them. The lock ends with its process."""
+        lock = FileLock(self.folder / f"{key[:2]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.notify("These rows are being encoded by another process; waiting for it …")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+# ------------------------------------------------------------------------------------------------ what rows are made of
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """All that decides what dataset.load gives."""
+
+    sources: Sequence[Source]
+    settings: DataSettings
+    template: Template
+    model_limit: int
+    seed: int
+    max_tokens: int | None
+    task: str
+    labels: Labels | None
+
+    @cached_property
+    def files(self) -> list[reading.LocalFiles] | None:
+        """None where a source lies on a hub: nobody tells when it changes."""
+        found = [reading.local_files(source.path, source.split) for source in self.sources]
+        return None if None in found else found
+
+    @property
+    def names(self) -> list[str]:
+        return [name for one in self.files for name in one.names]
+
+    @cached_property
+    def stamps(self) -> list[tuple[str, int, int]]:
+        return _stamps(self.files)
+
+    def is_unchanged(self) -> bool:
+        """Were the files left alone while they were read?"""
+        return self.stamps == _stamps([reading.local_files(source.path, source.split) for source in self.sources])
+
+    def can_be_told(self) -> bool:
+        """Are rows many, and known by their content? A template that writes the date gives other ids tomorrow."""
+        try:
+            many = self.files and sum(size for _, size, _ in self.stamps) >= LEAST_BYTES
+            return bool(many and "strftime_now" not in self.template.source and self.tokenizer and self.content)
+        except OSError:  # who reads them tells better
+            return False
+
+    @cached_property
+    def key(self) -> str:
+        return self.key_with(self.max_tokens, self.task)
+
+    def key_with(self, max_tokens: int | None, task: str) -> str:
+        settings = self.settings.model_dump(mode="json", exclude=ELSEWHERE)
+        has_shares = any(source.share is not None for source in self.sources)
+        facts = [
+            _of_code(), [version(name) for name in PACKAGES], self.tokenizer,
+            self.template.source, self.template.stop_id, self.template.begins_with_bos,
+            settings, [source.model_dump(exclude={"path"}) for source in self.sources], self.content, self.seed if has_shares else None,
+            self.model_limit, max_tokens, task, list(self.labels.as_dict().items()) if self.labels else None,
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    @cached_property
+    def content(self) -> list[Any]:
+        return [(one.kinds, [_of_file(file) for file in one.files]) for one in self.files]
+
+    @cached_property
+    def tokenizer(self) -> list[Any] | None:
+        return _of_tokenizer(self.template.tokenizer)
+
+
+def _stamps(files: Sequence[reading.LocalFiles]) -> list[tuple[str, int, int]]:
+    return [(str(file), status.st_size, status.st_mtime_ns) for one in files for file in one.files for status in [file.stat()]]
+
+
+def _of_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def _of_code() -> str:
+    """Of what makes ids of rows: another version of it may make others."""
+    told = hashlib.sha256()
+    for file in sorted([*Path(__file__).parent.glob("*.py"), Path(trie.__file__)]):
+        told.update(file.read_bytes())
+    return told.hexdigest()
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
+    kind = type(tokenizer)
+    told = [f"{kind.__module__}.{kind.__qualname__}", len(tokenizer), sorted(tokenizer.special_tokens_map.items()),
+            [(i, str(token), repr(token)) for i, token in sorted(tokenizer.added_tokens_decoder.items())],
+            getattr(tokenizer, "split_special_tokens", False)]
+    try:
+        code = _of_file(Path(inspect.getfile(kind)))
+        inner = getattr(tokenizer, "backend_tokenizer", None)
+        return [*told, code, _of_saved(tokenizer) if inner is None else _of_fast(inner)]
+    except Exception:  # a tokenizer of a model's own code, which cannot be written down
+        return None
+
+
+def _of_fast(inner: Any) -> str:
+    parts = json.loads(inner.to_str())
+    return hashlib.sha256(json.dumps(parts | {"truncation": None, "padding": None}).encode()).hexdigest()
+
+
+def _of_saved(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return [_of_file(file) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+
+
+# ------------------------------------------------------------------------------------------------ an entry's files
+
+
+def _to_facts(data: Dataset, noted: Survey | None, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    numbers = {name: i for i, name in reversed(list(enumerate(names)))}
+    facts = {
+        "files": [numbers[name] for name in data.rows.files], "max_tokens": data.max_tokens, "cut": data.cut,
+        "labels": data.labels.as_dict() if data.labels else None,
+        "skipped": [[*reading.place_of(one.where, numbers), one.reason] for one in data.skipped], "survey": None,
+    }
+    arrays = dict(data.rows.columns)
+    if noted is not None:
+        facts["survey"], columns = noted.as_facts(numbers)
+        arrays |= {f"survey-{name}": column for name, column in columns.items()}
+    return facts, arrays
+
+
+def _from_facts(facts: dict[str, Any], arrays: dict[str, np.ndarray], names: Sequence[str]) -> tuple[Dataset, Survey | None]:
+    rows = StoredRows.all({name: arrays[name] for name in COLUMNS}, [names[i] for i in facts["files"]])
+    skipped = [Skipped(reading.where_of(names[file], line), reason) for file, line, reason in facts["skipped"]]
+    noted = None
+    if facts["survey"]:
+        columns = {name.removeprefix("survey-"): array for name, array in arrays.items() if name.startswith("survey-")}
+        noted = Survey.from_facts(facts["survey"], columns, names)
+    return Dataset(rows, skipped, facts["max_tokens"], facts["cut"], Labels.from_dict(facts["labels"])), noted
+
+
+def _write(facts: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path) -> None:
+    for name, array in arrays.items():
+        if not (folder / name).exists():
+            array.tofile(folder / name)
+    told = {name: {"dtype": array.dtype.str, "length": len(array), "check": _check(array)} for name, array in arrays.items()}
+    text = json.dumps(facts | {"arrays": told})
+    (folder / "facts").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", "ascii")
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    check, text = file.read_text("ascii").split("\n", 1)
+    if hashlib.sha256(text.encode()).hexdigest() != check:
+        raise ValueError(f"{file} is torn")
+    return json.loads(text)
+
+
+def _whole(file: Path, dtype: str, length: int, check: int) -> np.ndarray:
+    """A file's array, mapped."""
+    if file.stat().st_size != length * np.dtype(dtype).itemsize:
+        raise ValueError(f"{file} is torn")
+    array = np.memmap(file, dtype, "r").view(np.ndarray) if length else np.zeros(0, dtype)
+    if _check(array) != check:
+        raise ValueError(f"{file} is torn")
+    return array
+
+
+def _check(array: np.ndarray) -> int:
+    found, content = 0, memoryview(array).cast("B") if len(array) else b""
+    for at in range(0, len(content), BLOCK):
+        found = zlib.crc32(content[at : at + BLOCK], found)
+    return found
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
