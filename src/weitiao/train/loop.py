@@ -11,6 +11,7 @@ the steps that it would have made.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from weitiao.data.templates import Template
 from weitiao.errors import RunError, TrainingStopped
 from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
+from weitiao.train.ahead import Ahead
 from weitiao.train.evaluation import (
     answer_and_score, label_nll, label_prompts, label_weights, make_passes, mean_loss, questions, score_labels,
 )
@@ -69,7 +71,7 @@ class Schedule:
     def rows_of(self, step: int) -> np.ndarray:
         """Indices of the rows of a step: a slice of the epoch's permutation."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        order = _order(self.rows, self.seed, epoch)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def due(self, every: str | int, step: int) -> bool:
@@ -77,6 +79,22 @@ class Schedule:
         if step == self.steps or every == "end":
             return step == self.steps
         return step % (self.steps_per_epoch if every == "epoch" else every) == 0
+
+
+@functools.lru_cache(maxsize=2)  # of a million rows it takes longer to draw than their trie to build
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    order.setflags(write=False)
+    return order
+
+
+class Work(NamedTuple):
+    """What a step does: the rows' places, their paths, what is learned of them in all, and the passes through the model."""
+
+    indices: np.ndarray
+    examples: list[Example]
+    weight: float
+    passes: list[dict[str, Any]]
 
 
 class Listener(Protocol):
@@ -131,8 +149,13 @@ class Training:
     def fit(self, last: int | None = None) -> bool:
         """Steps until `last` (default: the schedule's end). False if it was asked to stop before."""
         self.model.train()
-        for step in range(self.step + 1, (last or self.schedule.steps) + 1):
-            if self._should_stop() or not self._take(step):
+        last = last or self.schedule.steps
+        with Ahead(self._work_of, last) as work_of:
+            return self._steps(last, work_of)
+
+    def _steps(self, last: int, work_of: Callable[[int], Work]) -> bool:
+        for step in range(self.step + 1, last + 1):
+            if self._should_stop() or not self._take(step, work_of):
                 self.save()
                 return False
             if self.schedule.due(self.settings.evaluation.every, step) and self.eval_rows:
@@ -147,13 +170,16 @@ class Training:
                     self.save()
         return True
 
-    def _take(self, step: int) -> bool:
-        """One optimizer step. False, with nothing changed, if a stop was asked for in its middle."""
-        began = time.perf_counter()
+    def _work_of(self, step: int) -> Work:
         indices = self.schedule.rows_of(step)
         examples = [e for i in indices for e in self.rows[i].examples]
         weight = float(sum(float(e.weights.sum(dtype=np.float64)) for e in examples))
-        passes = self._passes(examples)
+        return Work(indices, examples, weight, self._passes(examples))
+
+    def _take(self, step: int, work_of: Callable[[int], Work]) -> bool:
+        """One optimizer step. False, with nothing changed, if a stop was asked for in its middle."""
+        began = time.perf_counter()
+        indices, examples, weight, passes = work_of(step)
         rate = self.scheduler.get_last_lr()[0]
         with self.by_weight.gathering(step) if self.by_weight else nullcontext():
             loss = self._gradients(step, passes, weight, self.stop_requested)

@@ -162,7 +162,14 @@ class Subject:
 
     @functools.cached_property
     def longest(self) -> int:
-        return max(len(path) for row in self.paths for path in row) + self.virtual
+        told = getattr(self.paths, "longest", None)  # stored rows know it without being made
+        return (told or max(len(path) for row in self.paths for path in row)) + self.virtual
+
+    @functools.cached_property
+    def row_tokens(self) -> np.ndarray:
+        """int64 [rows]"""
+        told = getattr(self.paths, "tokens", None)
+        return np.array([sum(map(len, row)) for row in self.paths]) if told is None else told
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -178,7 +185,7 @@ class Subject:
         count = min(self.schedule.steps, self.schedule.steps_per_epoch)
         if count <= MOST_STEPS:
             return [self.step(n) for n in range(1, count + 1)]
-        sizes = [sum(sum(len(p) for p in self.paths[i]) for i in self.schedule.rows_of(n)) for n in range(1, count + 1)]
+        sizes = [self.row_tokens[self.schedule.rows_of(n)].sum() for n in range(1, count + 1)]
         return [self.step(n) for n in sorted({*range(1, MOST_STEPS), 1 + int(np.argmax(sizes))})]
 
     def passes(self, rows: Sequence[Example], layout: str, budget: int) -> list[list[Example]]:
@@ -417,7 +424,7 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
 
 def _epoch(subject: Subject, layout: str, budget: int) -> tuple[int, int]:
     """(nodes, tokens) of an epoch, from the steps that were looked at."""
-    tokens = sum(len(path) for row in subject.paths for path in row)
+    tokens = int(subject.row_tokens.sum())
     seen = sum(sum(map(len, rows)) for rows in subject.steps)
     nodes = sum(subject.nodes(some, layout) for rows in subject.steps for some in subject.passes(rows, layout, max(budget, subject.longest)))
     return round(nodes * tokens / max(1, seen)), tokens
