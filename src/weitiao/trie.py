@@ -100,8 +100,9 @@ def sort_key(example: Example) -> bytes:
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """How many first ids two rows share."""
     n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax()) if n else 0
+    return first if n and differs[first] else n
 
 
 def build(examples: Sequence[Example]) -> Trie:

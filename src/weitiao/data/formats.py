@@ -146,7 +146,8 @@ def convert(row: Row, format: str, settings: DataSettings) -> Conversation:
     if not conversation.turns():
         unlearned = any(m.role == "assistant" and m.content.strip() and m.weight == 0 for m in conversation.messages)
         raise CannotTeach("no answer with a loss_weight above 0" if unlearned else "no answer")
-    if any(_is_broken(text) for text in (*(m.content for m in conversation.messages), _plain(list(conversation.tools)))):
+    texts = [m.content for m in conversation.messages]
+    if any(map(_is_broken, texts + [_plain(list(conversation.tools))] * bool(conversation.tools))):
         raise CannotTeach("half of a surrogate pair, which is no text")
     return conversation
 

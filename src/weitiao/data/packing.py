@@ -23,19 +23,20 @@ def trie_rows(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     passes known, the cuts are moved so that the largest pass is as small as can be: that bounds the memory.
     """
     rows = sorted(examples, key=sort_key)
-    shared = [0] + [common_prefix(a.ids, b.ids) for a, b in zip(rows, rows[1:])]
+    lengths = [len(row) for row in rows]
+    new = [n - common_prefix(a.ids, b.ids) for n, a, b in zip(lengths[1:], rows, rows[1:])]
 
     def cuts(limit: int) -> list[int]:
         """Where passes start when each takes rows until `limit` nodes."""
-        starts, nodes = [0], len(rows[0])
-        for i in range(1, len(rows)):
-            nodes += len(rows[i]) - shared[i]
+        starts, nodes = [0], lengths[0]
+        for i, more in enumerate(new, 1):
+            nodes += more
             if nodes > limit:
                 starts.append(i)
-                nodes = len(rows[i])
+                nodes = lengths[i]
         return starts
 
-    longest = max(len(row) for row in rows)
+    longest = max(lengths)
     limit = _smallest(lambda n: len(cuts(n)), low=longest, high=max(longest, budget))
     starts = cuts(limit)
     return [rows[a:b] for a, b in zip(starts, starts[1:] + [len(rows)])]

@@ -201,9 +201,12 @@ def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ what was said, as JSON
 
 
+WRITE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes one a call
+
+
 def said_by(conversation: Conversation) -> bytes:
     messages = [(m.role, m.content, m.weight) for m in conversation.messages]
-    return json.dumps([messages, conversation.is_label, conversation.tools], ensure_ascii=False).encode()
+    return WRITE([messages, conversation.is_label, conversation.tools]).encode()
 
 
 def conversation_of(said: bytes) -> Conversation:
