@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from weitiao.config import DataSettings
-from weitiao.data import encoded
+from weitiao.data import dataset, encoded
 from weitiao.data.dataset import load, skipped_summary
 from weitiao.data.gathered import Skipped
 from weitiao.data.templates import load_template
@@ -124,6 +124,26 @@ def test_every_row_passes_the_progress(plain):
     settings = DataSettings(train=write("rows.jsonl", [pair(1, 1)] * 3))
     load(settings.train, settings, plain, MIB, 300, 0, progress=progress)
     assert seen == ["Reading rows"] * 3
+
+
+def test_several_processes_and_a_folder_give_what_one_gives_in_memory(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "FEW", 0)
+    monkeypatch.setattr(dataset, "CHUNK", 7)
+    rows = [pair(n % 9, n % 5, w=n % 4) for n in range(60)]
+    settings = DataSettings(train=write("rows.jsonl", rows), weight_column="w", bad_share=0.9, max_tokens=8)
+
+    def told(**how):
+        data = load(settings.train, settings, plain, MIB, 300, 0, **how)
+        return [(row.where, row.conversation, [(e.ids.tolist(), e.weights.tolist()) for e in row.examples]) for row in data.rows], data.skipped, data.cut
+
+    assert told(workers=1) == told(workers=2, folder=tmp_path) == told(workers=2)
+    assert (tmp_path / "ids").stat().st_size and told()[1]
+
+
+def test_a_row_refused_in_another_process_is_told_as_here(plain):
+    settings = DataSettings(train=write("rows.jsonl", [pair(1, 1, w="much")]), weight_column="w")
+    with pytest.raises(RowError, match="rows.jsonl:1: the weight is 'much'"):
+        load(settings.train, settings, plain, MIB, 300, 0, workers=2)
 
 
 # -- the longest row ---------------------------------------------------------------------------------------------------

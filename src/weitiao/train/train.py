@@ -36,7 +36,6 @@ from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.train import memory, samples, stepping
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.check import Report, cache_of, eval_settings, report, room_and_vocabulary, show_brief
-from weitiao.train.evaluation import questions
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
@@ -418,8 +417,9 @@ def show_job(job: Job, screen: Screen) -> None:
 
 def class_shares(data: Dataset) -> str:
     """`neg 50.0%, pos 50.0%`"""
-    found = Counter(question.reference for question in questions(data.rows))
-    return ", ".join(f"{word} {found[word] / len(data):.1%}" for word in data.labels.words)
+    found = Counter(example.ids[example.weights > 0].tobytes() for example in data.rows.examples)
+    words = zip(data.labels.words, data.labels.ids, strict=True)
+    return ", ".join(f"{word} {found[ids.tobytes()] / len(data):.1%}" for word, ids in words)
 
 
 def tokenizer_notes(job: Job) -> list[str]:

@@ -220,20 +220,23 @@ def demonstrations(examples: Sequence[Example], places: int, seed: int) -> list[
 
     Whole rows, those with another answer than the ones before first; in the room that is left, the end of one more.
     """
-    order = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
-    chosen: list[Example] = []
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    chosen: dict[int, Example] = {}
     answers: set[bytes] = set()
     left = places
     for another in (True, False):
-        for example in order:
+        for i in order:
+            if not left or i in chosen:
+                continue
+            example = examples[i]
             answer = example.ids[example.weights > 0].tobytes()
-            if len(example) <= left and not (another and answer in answers) and not any(example is c for c in chosen):
-                chosen.append(example)
+            if len(example) <= left and not (another and answer in answers):
+                chosen[i] = example
                 answers.add(answer)
                 left -= len(example)
-    rest = next((e for e in order if not any(e is c for c in chosen)), None)
-    ends = [] if rest is None or left == 0 else rest.ids[-left:].tolist()
-    return ends + [int(i) for example in chosen for i in example.ids]
+    rest = next((i for i in order if i not in chosen), None)
+    ends = [] if rest is None or left == 0 else examples[rest].ids[-left:].tolist()
+    return ends + [int(i) for example in chosen.values() for i in example.ids]
 
 
 def spread(values: torch.Tensor) -> float:
