@@ -7,7 +7,7 @@ ordinary batch of transformers with `targets` and `weights` beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class Plan:
     parent: int64 [T], the node before it, -1 at a root; for layers that read the token before, as a convolution does.
     longest: tokens of its longest row, 1 + the largest depth.
     predictors: int64 [E], the node that predicts each learned edge; targets: int64 [E]; weights: float32 [E].
+    made: what an attention made of it once for all layers, by a name of its own.
     """
 
     segments: list[Segment]
@@ -35,6 +36,7 @@ class Plan:
     predictors: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def under(self, places: int) -> Plan:
         """What attention needs when `places` more nodes stand above all roots, in one run; who predicts what stays."""

@@ -10,11 +10,12 @@ So each segment is one causal and one unmasked call of a flash kernel, merged by
 attention's with the global log-sum-exp (Dao et al. 2022, arXiv:2205.14135, algorithm 4; the merge as in ring attention,
 Liu et al. 2023, arXiv:2310.01889). No mask is built, no key is copied, and each is kept once.
 
-Three ways to the same numbers:
+Four ways to the same numbers:
 
     by_keys    the above. Full attention, no dropout, on a device whose flash kernel hands out its log-sum-exp
+    gpu        that device's own, in `model/gpu.py`: no dropout
     by_paths   every segment attends to the concatenated keys of its own path: windows, dropout, any device
-    dense      one T x T boolean mask: the definition, and the judge of the other two
+    dense      one T x T boolean mask: the definition, and the judge of the others
 
 `register()` makes it an attention of transformers by the name "weitiao"; without a plan it is sdpa to the letter.
 """
@@ -29,6 +30,7 @@ import torch
 from torch.nn import functional as F
 
 from weitiao.data.batch import Plan
+from weitiao.model import gpu
 from weitiao.trie import Segment
 
 NAME = "weitiao"
@@ -85,7 +87,9 @@ def trie_attention(
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None, dropout: float,
 ) -> torch.Tensor:
-    """The quicker of the two ways that can: query [1, heads, T, d], key and value [1, kv_heads, V + T, d] -> [1, heads, T, d]."""
+    """The quickest of the ways that can: query [1, heads, T, d], key and value [1, kv_heads, V + T, d] -> [1, heads, T, d]."""
+    if _device(query) == "cuda" and (out := gpu.attend(query, key, value, plan, scale, window, dropout)) is not None:
+        return out
     if window is None and dropout == 0.0 and _has_flash_kernel(query, value):
         return ByKeys.apply(query, key, value, plan.segments, scale)
     return by_paths(query, key, value, plan, scale, window, dropout)

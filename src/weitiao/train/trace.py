@@ -8,8 +8,8 @@ It is the program's own step, so whatever a method, a precision or a family keep
 Layers that are alike are not traced one by one: every window of a step grows by the same with each of them. Where they
 are not alike (windows in some layers, the last few trained) all are traced.
 
-Two things are formulas, since there is nothing to run: packed weights (bitsandbytes has no kernels for fake tensors), and
-the attention of a trie, which is traced as two segments whatever their number; see `as_two_segments`.
+Some things have nothing to run here, and stand-ins with their bytes: packed weights (bitsandbytes has no kernels for fake tensors),
+a GPU's attention over a trie (`gpu.Kept`), and a CPU's, which is traced as two segments whatever their number (`as_two_segments`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from weitiao.config import ModelSettings, Settings
 from weitiao.data.batch import Plan, padded_batch, trie_batch
-from weitiao.model import attention, fused
+from weitiao.model import attention, flex, fused
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
@@ -308,8 +308,15 @@ def by_keys(case: Case, longest: int) -> bool:
     """Does attention go by the keys of segments, so that it keeps the same however many there are?"""
     config = case.config.get_text_config()
     window = getattr(config, "sliding_window", None) if _slides(config) else None
-    dropout = max((float(getattr(config, name, 0.0) or 0.0) for name in ("attention_dropout", "attn_pdrop")), default=0.0)
-    return case.device == "cpu" and dropout == 0.0 and not (window and window < longest)
+    if any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
+        return False
+    if case.device == "cuda":  # one kernel for all segments, windows included
+        return head_width(config) >= flex.LEAST_WIDTH
+    return not (window and window < longest)
+
+
+def head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _slides(config: Any) -> bool:
@@ -334,7 +341,7 @@ def segments_of(rows: Sequence[Example]) -> list[Segment]:
 def attention_flops(config: Any, segments: Sequence[Segment], prefix: int = 0) -> float:
     """Of one forward pass over all layers: 4 d for each pair of a query and a key that it sees, in each head."""
     text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = head_width(text)
     pairs = sum((s.end - s.start) * ((s.end - s.start + 1) / 2 + (s.below - s.end)) for s in segments)
     pairs += prefix * sum(s.end - s.start for s in segments)
     return 4.0 * width * text.num_attention_heads * text.num_hidden_layers * pairs
