@@ -17,7 +17,7 @@ from test_loop import losses, make_rows, training
 from weitiao import config
 from weitiao.errors import SettingError, TrainingStopped
 from weitiao.train.folder import RunFolder
-from weitiao.train.optimizer import make_optimizer, refuse_unfit
+from weitiao.train.optimizer import make_optimizer, refuse_unfit, takes_fused
 
 NAMES = {  # as the tutorial writes them
     "SGD": torch.optim.SGD, "L-BFGS": torch.optim.LBFGS, "Rprop": torch.optim.Rprop, "RMSprop": torch.optim.RMSprop,
@@ -275,3 +275,27 @@ def test_lbfgs_is_refused_where_the_loss_is_scaled():
     with pytest.raises(SettingError, match="this run computes in fp16"):
         refuse_unfit(training, torch.float16)
     refuse_unfit(training, torch.bfloat16)
+
+
+def test_on_a_gpu_adam_is_one_kernel_but_not_under_loss_scaling():
+    assert takes_fused("cuda:0", loss_scaled=False) and not takes_fused("cuda", loss_scaled=True) and not takes_fused("cpu", loss_scaled=False)
+
+    def made(fused, **words):
+        return make_optimizer(torch.nn.Linear(2, 2), settings(learning_rate=0.1, **words).training, 0.1, fused=fused).defaults["fused"]
+
+    assert made(True) is True and made(False) is None
+    assert made(True, optimizer_options="foreach=true") is None and made(True, optimizer_options="fused=false") is False
+    assert made(True, optimizer="sgd") is None
+
+
+def test_the_fused_step_is_the_plain_one():
+    steps = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 4)
+        optimizer = make_optimizer(layer, settings(learning_rate=0.1, weight_decay=0.1).training, 0.1, fused=fused)
+        for _ in range(3):
+            layer(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+        steps.append(layer.weight.detach())
+    assert (steps[0] - steps[1]).abs().max() < 1e-6

@@ -101,4 +101,7 @@ def padded_batch(rows: Sequence[Example], pad_id: int, device: torch.device | st
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if torch.device(device).type == "cuda":  # from pinned memory a copy does not wait for what the GPU is doing
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

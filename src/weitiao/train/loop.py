@@ -39,7 +39,7 @@ from weitiao.train.evaluation import (
 )
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
-from weitiao.train.optimizer import SEARCHERS, make_optimizer, make_scheduler, step_scheduler
+from weitiao.train.optimizer import SEARCHERS, make_optimizer, make_scheduler, step_scheduler, takes_fused
 from weitiao.train.stepping import ByWeight, paged_again
 from weitiao.trie import Example
 
@@ -137,6 +137,7 @@ class Training:
         self.optimizer = make_optimizer(
             self.model, training, self.settings.learning_rate,
             rate_factor=lambda name: self.method.rate_factor(name, self.settings.method), decays=self.method.decays, by_weight=self.by_weight,
+            fused=takes_fused(self.accelerator.device, loss_scaled=self.accelerator.scaler is not None),
         )
         self.scheduler = make_scheduler(self.optimizer, training, self.schedule.steps)
         # The model is where it belongs; quantised weights must not be moved.

@@ -21,6 +21,7 @@ PLAIN: dict[str, type[torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop, "adagrad": torch.optim.Adagrad, "adadelta": torch.optim.Adadelta,
     "rprop": torch.optim.Rprop, "lbfgs": torch.optim.LBFGS,
 }
+FUSED = ("adamw", "adamw_torch", "adam")
 SEARCHERS = ("lbfgs",)  # those that want the loss and gradient of a step several times, at weights they try
 # torch remembers 100 steps and takes up to 20 a batch: here it is 2 x 10 copies of what is trained, and 5 steps a batch. Without
 # a line search, LoRA on SmolLM2-135M (bf16) went from a loss of 2.0 to 45 in 12 batches (rate 1; to 5.6 at 0.1); with it, to 0.04.
@@ -69,11 +70,13 @@ def make_optimizer(
     rate_factor: Callable[[str], float] = lambda name: 1.0,
     decays: Callable[[str, torch.nn.Parameter], bool] = lambda name, parameter: parameter.ndim >= 2,
     by_weight: ByWeight | None = None,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer over what is trained.
 
     rate_factor: how many times as fast as `learning_rate` a weight learns (LoRA+). decays: does weight decay fall on it?
     by_weight: what will step the weights one at a time; the optimizer is made over its stand-ins and bound to it.
+    fused: update each weight in one kernel, where there is one, unless the options say otherwise; see `takes_fused`.
 
     Raises:
         SettingError: the package that brings it is missing, or it refuses its options or this model.
@@ -91,7 +94,7 @@ def make_optimizer(
     if settings.optimizer in SEARCHERS:
         _refuse_spread(settings.optimizer, listed)
     if settings.optimizer in PLAIN:
-        made = _build(settings, listed, learning_rate)
+        made = _build(settings, listed, learning_rate, fused and not by_weight and settings.optimizer in FUSED)
     else:
         kind, options = _of_transformers(model, settings, learning_rate)
         made = kind(listed, **options)
@@ -108,9 +111,17 @@ def _refuse_spread(name: str, groups: list[dict[str, Any]]) -> None:
                            "Expected one device.", "Leave model.device_map out, or choose another optimizer.")
 
 
-def _build(settings: TrainingSettings, parameters: list[Any], learning_rate: float) -> torch.optim.Optimizer:
+def takes_fused(device: torch.device | str, loss_scaled: bool) -> bool:
+    """On a GPU the plain step makes temporaries of all weights and a hundred kernels of what one can do. Not under loss scaling:
+    the fused step skips an overflow by itself, and accelerate (1.15) then calls it taken."""
+    return torch.device(device).type == "cuda" and not loss_scaled
+
+
+def _build(settings: TrainingSettings, parameters: list[Any], learning_rate: float, fused: bool = False) -> torch.optim.Optimizer:
     """One of torch's own."""
     options = _options(settings)
+    if fused and not {"fused", "foreach"} & options.keys():
+        options["fused"] = True
     try:
         return PLAIN[settings.optimizer](parameters, lr=learning_rate, **options)
     except (ValueError, TypeError, RuntimeError) as error:

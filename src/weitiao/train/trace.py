@@ -40,7 +40,7 @@ from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
 from weitiao.train.loss import learn_on_tries, summed_loss
-from weitiao.train.optimizer import SEARCHERS, make_optimizer
+from weitiao.train.optimizer import SEARCHERS, make_optimizer, takes_fused
 from weitiao.trie import Example, Segment, build
 
 WINDOWS = ("forward", "loss", "backward, upper half", "backward, lower half", "optimizer")
@@ -251,7 +251,8 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
         _seed(lives, attached, case)
         with unset_fake_temporarily():  # bitsandbytes' make tables, whose numbers they look at
             optimizer = make_optimizer(attached, case.settings.training, case.settings.learning_rate,
-                                       rate_factor=lambda name: case.method.rate_factor(name, case.settings.method), decays=case.method.decays)
+                                       rate_factor=lambda name: case.method.rate_factor(name, case.settings.method), decays=case.method.decays,
+                                       fused=takes_fused(case.device, loss_scaled=case.compute is torch.float16))
         if case.device == "cuda":
             _as_on_a_gpu(optimizer)
         attached.train()
