@@ -345,6 +345,7 @@ class TrainingSettings(Group):
     step_in_backward: bool = setting(False, "step each weight as soon as its gradient is there, and let the gradient go: the same result, without the memory of all gradients where a step is one pass (of several, they add up until the last). See clipping, or set max_grad_norm=0")
     rounding: Literal["auto", "nearest", "stochastic", "compensated"] = setting("auto", "how trained weights in bfloat16 take a step. stochastic: up or down at random, so that small steps count on the average; compensated: the 16 bits that bfloat16 leaves off are kept beside it, 2 bytes a weight, which is float32 to the bit; nearest: most steps round to nothing; auto: stochastic")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
+    kernels: Literal["auto", "plain", "liger"] = setting("auto", "liger: its fused norms, rope and SwiGLU on a GPU; plain: PyTorch's; auto: liger where it is installed and proves itself on the first batch")
     checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
 

@@ -16,8 +16,8 @@ them moved for the moment, since half of its gradients would be zero by themselv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,8 +74,7 @@ def prove(
     trie = build(examples)
     facts = {"rows": len(examples), "nodes": len(trie), "row_tokens": sum(len(e) for e in examples)}
     dtype = str(compute).removeprefix("torch.")
-    held = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    tolerances = max(TOLERANCES.get(d, TOLERANCES[torch.bfloat16]) for d in {compute, *held})
+    tolerances = _tolerances(model, compute)
     autocast = torch.autocast(torch.device(device).type, dtype=compute, enabled=is_mixed(model, compute))
     try:
         with _undisturbed(model), autocast:
@@ -138,11 +137,37 @@ def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, s
     weight = sum(float(e.weights.sum()) for e in examples)
     by_trie = {name: g.clone() for name, g in _gradients(model, [trie_batch(trie, device)], weight, scale)}
     rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
-    # In place, and summed in float64 without a copy: an embedding's gradient alone may be a gigabyte.
-    norms = [(_norm(by_trie[name].sub_(g)), _norm(g)) for name, g in _gradients(model, rows, weight, scale)]
+    return nll_max, _worst(by_trie, _gradients(model, rows, weight, scale))
+
+
+def _worst(ours: dict[str, torch.Tensor], theirs: Iterable[tuple[str, torch.Tensor]]) -> float:
+    """Of all tensors the largest |difference| / |gradient|. In place, and summed in float64 without a copy: an embedding's gradient
+    alone may be a gigabyte."""
+    norms = [(_norm(ours[name].sub_(g)), _norm(g)) for name, g in theirs]
     floor = 1e-3 * max((norm for _, norm in norms), default=0.0)
-    relative = [difference / max(norm, floor, 1e-30) for difference, norm in norms]
-    return nll_max, max(relative, default=0.0)
+    return max((difference / max(norm, floor, 1e-30) for difference, norm in norms), default=0.0)
+
+
+def compare(
+    model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str,
+    otherwise: Callable[[], AbstractContextManager[Any]], most_tokens: int | None = None,
+) -> tuple[float, bool]:
+    """On one plain row at a time, are the model's gradients those that it gives inside `otherwise`? (the worst relative difference,
+    whether that is rounding)"""
+    examples = picked(examples, most_tokens)
+    batches = [padded_batch([e], pad_id=0, device=device) for e in examples]
+    weight = sum(float(e.weights.sum()) for e in examples)
+    scale = HALF_SCALE if compute is torch.float16 else 1.0
+    with _undisturbed(model), torch.autocast(torch.device(device).type, dtype=compute, enabled=is_mixed(model, compute)):
+        ours = {name: g.clone() for name, g in _gradients(model, batches, weight, scale)}
+        with otherwise():
+            worst = _worst(ours, _gradients(model, batches, weight, scale))
+    return worst, worst <= _tolerances(model, compute)[2]
+
+
+def _tolerances(model: torch.nn.Module, compute: torch.dtype) -> tuple[float, float, float]:
+    held = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(TOLERANCES.get(d, TOLERANCES[torch.bfloat16]) for d in {compute, *held})
 
 
 def _norm(values: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ from weitiao.data.packing import trie_passes
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
-from weitiao.model import fused, quantize
+from weitiao.model import fused, kernels, quantize
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
@@ -41,8 +41,9 @@ from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, Training
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unfit
-from weitiao.train.proof import Proof, prove
+from weitiao.train.proof import Proof, compare, prove
 from weitiao.train.tree import show_tree
+from weitiao.trie import Example
 
 
 PRECISION_NAMES = {dtype: name for name, dtype in loading.PRECISIONS.items()}
@@ -66,6 +67,7 @@ class Job:
     subject: Subject
     planned: Plan | None
     meter: memory.Meter
+    liger: kernels.Fused | None = None
 
     @property
     def base_name(self) -> str:
@@ -134,6 +136,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     base = model_folder(settings.model, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
+    kernels.refuse_unfit(settings.training.kernels, model_config, accelerator.device)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
     method = method_of(settings, template.tokenizer)
     data, eval_data, checked = read_rows(settings, method, template, model_config, screen)
@@ -154,13 +157,14 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
         obstacle = loading.trie_obstacle(model)
         refuse_unsound(model, base)
+        liger = kernels.fuse(model, settings.training.kernels, accelerator.device)
         learn_on_tries(model)
         model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, data.rows.examples)
         fused.fuse(model)
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
         loading.checkpoint_activations(model)
-    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter, liger)
 
 
 def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | None = None) -> Plan | None:
@@ -278,6 +282,7 @@ def refuse_unsound(model: torch.nn.Module, base: Path) -> None:
 def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
     """Fill in what the settings left open, so that a run goes on elsewhere as it began here; prove the layout."""
     training = job.settings.training
+    prove_kernels(job, screen)
     layout, proof = training.layout, None
     if layout != "padded":
         layout, proof = prove_layout(job, screen)
@@ -296,7 +301,7 @@ def settle(job: Job, screen: Screen) -> tuple[Settings, Proof | None]:
         "training": training.model_copy(update={
             "layout": layout, "nodes_per_pass": budget, "checkpointing": checkpointing,
             "learning_rate": job.settings.learning_rate,
-            "precision": PRECISION_NAMES[job.compute],
+            "precision": PRECISION_NAMES[job.compute], "kernels": training.kernels if job.liger else "plain",
         }),
     })
     return filled, proof
@@ -329,12 +334,37 @@ def settle_checkpointing(job: Job, screen: Screen) -> bool:
     return True
 
 
+def prove_kernels(job: Job, screen: Screen) -> None:
+    """Liger's kernels stay if they run, and give the gradients of PyTorch's on the first batch."""
+    if not job.liger:
+        return
+    try:
+        with job.meter.part("proof"):
+            worst, same = compare(job.model, first_rows(job), job.compute, str(job.accelerator.device), job.liger.without,
+                                  job.planned.budget if job.planned else None)
+        wrong = "" if same else f"give other gradients than PyTorch's here (by {worst:.1g})"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler's, or the driver's
+        wrong = f"do not run here ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]})"
+    if wrong:
+        job.liger.take_off()
+        job.liger = None
+        screen.tell(f"Liger's kernels {wrong}: they are taken off again.", style="yellow")
+    else:
+        screen.tell(f"Norms, rope and activations are Liger's fused kernels; gradients as PyTorch's, within {worst:.1g}.")
+
+
+def first_rows(job: Job) -> list[Example]:
+    return [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
+
+
 def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     """trie if this model proves it on its first batch, else padded, and the run says so."""
     asked = job.settings.training.layout
     if job.obstacle:
         return _fall_back(asked, job.obstacle, screen), None
-    first = [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
+    first = first_rows(job)
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
         proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None)
@@ -493,6 +523,7 @@ def environment(job: Job) -> dict[str, Any]:
 
     packages = ["torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors"]
     packages += ["bitsandbytes"] if quantize.is_quantized(job.model) else []
+    packages += ["liger-kernel"] if job.liger else []
     return {
         "weitiao": __version__, "python": platform.python_version(), "platform": platform.platform(),
         **{name: version(name) for name in packages}, "device": memory.device_name(job.accelerator.device),
