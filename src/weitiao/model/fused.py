@@ -198,7 +198,7 @@ class GatedMlp(torch.autograd.Function):
         gate, gate_inner = _project(flat, wg, ag, bg, scales[0])
         up, up_inner = _project(flat, wu, au, bu, scales[1])
         inner = torch.empty_like(gate)
-        for part in _chunks(len(gate)):
+        for part in _chunks(gate):
             torch.mul(act.of(gate[part]), up[part], out=inner[part])
         out, down_inner = _project(inner, wd, ad, bd, scales[2])
         ctx.save_for_backward(flat, gate, up, gate_inner, up_inner, down_inner, *weights)
@@ -217,7 +217,7 @@ class GatedMlp(torch.autograd.Function):
             d_inner.addmm_(d_down, ad, alpha=ctx.scales[2])
         inner = torch.empty_like(gate)
         d_gate, d_up = torch.empty_like(gate), d_inner
-        for part in _chunks(len(gate)):
+        for part in _chunks(gate):
             active = ctx.act.of(gate[part])
             torch.mul(active, up[part], out=inner[part])
             d_gate[part] = ctx.act.gradient(d_inner[part] * up[part], gate[part])
@@ -254,8 +254,9 @@ def _weight_gradients(grad, x, narrow, inner, scale: float, trained: bool) -> tu
     return None, (narrow.t() @ x).mul_(scale), (grad.t() @ inner).mul_(scale)
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
+def _chunks(x: torch.Tensor) -> list[slice]:
+    step = ROWS if x.device.type == "cpu" else max(1, len(x))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- norm
@@ -278,7 +279,7 @@ class RmsNorm(torch.autograd.Function):
         flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
         wide = torch.promote_types(x.dtype, torch.float32)
         factors = flat.new_empty(len(flat), 1, dtype=wide)
-        for part in _chunks(len(flat)):
+        for part in _chunks(flat):
             length = torch.linalg.vector_norm(flat[part], dim=-1, keepdim=True, dtype=wide)
             torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps), out=factors[part])
             torch.mul((flat[part] * factors[part]).to(x.dtype), weight, out=_rows(out)[part])
@@ -290,7 +291,7 @@ class RmsNorm(torch.autograd.Function):
         x, weight, factors = ctx.saved_tensors
         flat, given, d_x = _rows(x), _rows(grad), torch.empty_like(x, memory_format=torch.contiguous_format)
         d_weight = torch.zeros_like(weight, dtype=factors.dtype) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(flat)):
+        for part in _chunks(flat):
             normed = flat[part] * factors[part]
             d = given[part] * weight.to(factors.dtype)
             share = torch.linalg.vecdot(d, normed).div_(x.shape[-1])[:, None]
