@@ -26,6 +26,7 @@ class Plan:
     longest: tokens of its longest row, 1 + the largest depth.
     predictors: int64 [E], the node that predicts each learned edge; targets: int64 [E]; weights: float32 [E].
     made: what an attention made of it once for all layers, by a name of its own.
+    memory: what keeps keys and values from one call of the model to the next (weitiao.model.decode); None in training.
     """
 
     segments: list[Segment]
@@ -36,7 +37,13 @@ class Plan:
     predictors: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    memory: Any = None
     made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def goes_on(self) -> bool:
+        """Does it stand behind places that an earlier call has computed, virtual ones among them? `depth` counts them all."""
+        return self.memory is not None and self.memory.goes_on
 
     def under(self, places: int) -> Plan:
         """What attention needs when `places` more nodes stand above all roots, in one run; who predicts what stays."""

@@ -81,13 +81,24 @@ def trie_attention(
     # A window wider than the longest row hides nothing.
     prefix = key.shape[2] - query.shape[2]
     window = sliding_window if sliding_window and sliding_window < prefix + trie.longest else None
-    return attend(query, key, value, trie, scale, window, dropout).transpose(1, 2), None
+    return attend(query, key, value, trie, scale, window, dropout, getattr(module, "layer_idx", 0)).transpose(1, 2), None
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None, dropout: float,
+    layer: int,
 ) -> torch.Tensor:
-    """The quickest of the ways that can: query [1, heads, T, d], key and value [1, kv_heads, V + T, d] -> [1, heads, T, d]."""
+    """query [1, heads, T, d], key and value [1, kv_heads, V + T, d] of a layer -> [1, heads, T, d]; as the plan's memory has
+    it, where there is one."""
+    if plan.memory is not None:
+        return plan.memory.attend(layer, query, key, value, plan, scale, window)
+    return attend_within(query, key, value, plan, scale, window, dropout)
+
+
+def attend_within(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None, dropout: float = 0.0,
+) -> torch.Tensor:
+    """The quickest of the ways that can; shapes as above."""
     if _device(query) == "cuda" and (out := gpu.attend(query, key, value, plan, scale, window, dropout)) is not None:
         return out
     if window is None and dropout == 0.0 and _has_flash_kernel(query, value):
@@ -142,7 +153,7 @@ class ByKeys(torch.autograd.Function):
             if first:
                 out[:, :, queries], lse[:, :, queries] = o, l
             else:
-                _merge(out[:, :, queries], lse[:, :, queries], o, l)
+                merge(out[:, :, queries], lse[:, :, queries], o, l)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.scale = segments, scale
@@ -187,14 +198,33 @@ def _calls(segments: list[Segment], nodes: int, keys: int) -> Iterator[tuple[sli
             seen = max(seen, below)
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add one more set of keys to a softmax, in place. Weights of old and new sum to one: exp(lse) are the two totals.
 
-    out and part [1, heads, q, d], lse and part_lse [1, heads, q].
+    out and part [..., d], lse and part_lse [...]. Where nothing was seen yet lse is -inf and out is 0.
     """
     total = torch.logaddexp(lse, part_lse)
     out.mul_((lse - total).exp_()[..., None]).addcmul_(part, (part_lse - total).exp_()[..., None])
     lse.copy_(total)
+
+
+def part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to some of the keys, to be merged with the rest: out [B, heads, q, d] and lse [B, heads, q], float32 (or
+    float64, for inputs of that type).
+
+    query [B, heads, q, d], key and value [B, heads, k, d]; mask: what is added to the scores, [B, 1, 1 or q, k] in the type of
+    query. A finite number stands for "not seen", so that a query that sees no key at all gets a weight of 0 in the merge.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if _has_flash_kernel(query, value):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        return out.to(wide), lse
+    scores = (query @ key.transpose(-1, -2)).to(wide) * scale
+    scores = scores if mask is None else scores + mask
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp_().to(value.dtype) @ value).to(wide), lse
 
 
 def by_paths(

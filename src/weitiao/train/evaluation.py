@@ -199,12 +199,13 @@ class Scores:
 
 def answer_and_score(
     model, template: Template, asked: Sequence[Question], settings: EvaluationSettings, progress: Progress = no_progress,
+    layout: str = "trie",
 ) -> tuple[list[dict[str, str]], Scores]:
     """Greedy answers to some questions, as samples ({where, prompt, reference, answer}), and what they score."""
     asked = list(asked[: settings.rows])
     prompts = [template.prompt_ids(q.messages, q.tools) for q in asked]
     limit = settings.max_new_tokens or longest_answer(template, asked)
-    answers = answer_all(model, template, prompts, Sampling(limit), settings.batch_size, progress)
+    answers = answer_all(model, template, prompts, Sampling(limit), settings.batch_size, progress, layout)
     samples = [
         {"where": q.where, "prompt": q.messages[-1]["content"], "reference": q.reference, "answer": a}
         for q, a in zip(asked, answers, strict=True)

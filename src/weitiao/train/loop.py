@@ -345,7 +345,7 @@ class Training:
         """Scores of generated answers to the rows set aside."""
         settings = self.settings.evaluation
         with self.accelerator.autocast():
-            _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings)
+            _, scores = answer_and_score(self.plain_model, self.template, questions(self.eval_rows), settings, layout=self.layout)
         found = {k: v for k, v in scores.as_dict().items() if k in ("exact_match", "field_f1")}
         if settings.metric not in found:
             raise RunError(f"evaluation.metric = {settings.metric!r} cannot be measured on these rows.",

@@ -26,7 +26,10 @@ def learn_on_tries(model: nn.Module) -> None:
     transform = logit_transform(model.config.get_text_config())
 
     @functools.wraps(original)
-    def forward(*args: Any, trie: Any = None, return_hidden: bool = False, per_edge: bool = False, **inputs: Any):
+    def forward(
+        *args: Any, trie: Any = None, return_hidden: bool = False, per_edge: bool = False, logits_at: torch.Tensor | None = None,
+        **inputs: Any,
+    ):
         if trie is None:
             with casts_once():
                 return original(*args, **inputs)
@@ -36,12 +39,15 @@ def learn_on_tries(model: nn.Module) -> None:
         if return_hidden:
             return hidden
         head = model.get_output_embeddings()
+        if logits_at is not None:
+            return transform(head(hidden[logits_at]))
         predicting = hidden[trie.predictors]
         if per_edge:
             return edge_nll(predicting, trie.targets, head, transform)
         return edge_loss(predicting, trie.targets, trie.weights, head, transform)
 
     model.forward = forward
+    model.learns_on_tries = True
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def answer_prompts(
         method.load(model, run.path / method.FOLDER)  # of the best step, which may not be the last
         torch.manual_seed(settings.training.seed)
         with autocast():
-            answers = answers_to(model, template, prompt_ids(settings, template), sampling, progress=screen.progress)
+            answers = answers_to(model, template, prompt_ids(settings, template), sampling, progress=screen.progress,
+                                 layout=settings.training.layout)
         write(run, asked.prompts, answers)
         show(asked.prompts, answers, screen)
     except KeyboardInterrupt:

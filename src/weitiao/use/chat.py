@@ -122,7 +122,7 @@ def replies(
         found = zip(*classify(trained.label_nll(prompts, screen.progress), trained.labels), strict=True)
         return [{"answer": label, "probability": round(float(share), 6)} for label, share in found]
     with trained.autocast():
-        answers = answers_to(trained.model, trained.template, prompts, sampling, batch_size, screen.progress)
+        answers = answers_to(trained.model, trained.template, prompts, sampling, batch_size, screen.progress, trained.settings.training.layout)
     for number, answer in enumerate(answers, 1):
         if answer.cut:
             more = "; --max-new-tokens allows more" if answer.tokens == sampling.max_new_tokens else ""

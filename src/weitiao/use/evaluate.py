@@ -75,7 +75,7 @@ def measure(
         trained.template.pad_id, trained.device, trained.autocast, progress=screen.progress,
     )
     with trained.autocast():
-        samples, scores = answer_and_score(trained.model, trained.template, questions(rows), asked, screen.progress)
+        samples, scores = answer_and_score(trained.model, trained.template, questions(rows), asked, screen.progress, training.layout)
     return samples, {"loss": loss, "perplexity": metrics.perplexity(loss), **scores.as_dict()}
 
 

@@ -63,13 +63,14 @@ def _attention(
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
     dropout = module.attention_dropout.p if module.training else 0.0
-    context = with_alibi(query, key, value, alibi, slopes(module.num_heads, query.device), dropout)
+    context = with_alibi(query, key, value, alibi, slopes(module.num_heads, query.device), dropout, module.layer_idx)
     output = module.dense(context.flatten(2))
     return residual + F.dropout(output, p=module.hidden_dropout, training=module.training), None
 
 
 def with_alibi(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, slope: torch.Tensor, dropout: float = 0.0,
+    layer: int = 0,
 ) -> torch.Tensor:
     """query [1, heads, T, d], key and value [1, heads, V + T, d] -> [1, T, heads, d]; V keys of a prefix stand first."""
     d, dtype = query.shape[-1], query.dtype
@@ -83,7 +84,7 @@ def with_alibi(
     query = torch.cat([query.to(wide), (slope * torch.stack([ones_q, -places_q], -1)).expand(1, -1, -1, -1)], dim=-1)
     key = torch.cat([key.to(wide), torch.stack([places_k, ones_k], -1).expand(1, key.shape[1], -1, -1)], dim=-1)
     query, key = (F.pad(x, (0, FEATURES - 2)) for x in (query, key))
-    out = attend(query, key, F.pad(value.to(wide), (0, FEATURES)), plan, scale, None, dropout)
+    out = attend(query, key, F.pad(value.to(wide), (0, FEATURES)), plan, scale, None, dropout, layer)
     return out[..., :d].transpose(1, 2).to(dtype)
 
 

@@ -86,6 +86,7 @@ class Before:
     padded: bool [B, T, 1], places that hold no token; None: none.
     jumps: int64 [J], the nodes of a trie that begin a segment: all that may not follow the place to their left; None: rows.
     parents: int64 [J], the nodes that these follow; -1 at a root.
+    memory: what keeps vectors from one call to the next, where a trie goes on behind an earlier one (Plan.memory).
 
     In the trie  A B C d / e f  (d and e follow C)  e, at 4, jumps: its parent is C, at 2.
     """
@@ -93,13 +94,14 @@ class Before:
     padded: torch.Tensor | None = None
     jumps: torch.Tensor | None = None
     parents: torch.Tensor | None = None
+    memory: Any = None
 
     @classmethod
     def of(cls, mask: torch.Tensor | None, trie: Plan | None, places: int) -> Before:
         """mask: [B, cached + places], 1 at tokens; it says nothing where there is a trie."""
         if trie is not None:
             jumps = torch.tensor([segment.start for segment in trie.segments], device=trie.parent.device)
-            return cls(jumps=jumps, parents=trie.parent[jumps])
+            return cls(jumps=jumps, parents=trie.parent[jumps], memory=trie.memory)
         if mask is None or mask.ndim != 2:
             return cls()
         return cls(padded=(mask[:, -places:] == 0)[..., None])
@@ -109,11 +111,13 @@ class Before:
         return vectors if self.padded is None else vectors.masked_fill(self.padded, 0)
 
     def __call__(self, vectors: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """[B, T, width] of the place before each; `first` [B, 1, width] stands before all of them."""
-        left = torch.cat([first.to(vectors), vectors[:, :-1]], dim=1)
+        """[B, T, width] of the place before each; `first` [B, 1, width] stands before all of them, in a trie before each root
+        ([1, J, width]: one for each of `jumps`)."""
+        first = first.to(vectors)
+        left = torch.cat([first[:, :1], vectors[:, :-1]], dim=1)
         if self.jumps is None or len(self.jumps) == 0:
             return left
-        theirs = vectors[:, self.parents.clamp(min=0)].masked_fill((self.parents < 0)[:, None], 0)
+        theirs = torch.where((self.parents < 0)[:, None], first, vectors[:, self.parents.clamp(min=0)])
         return left.index_copy(1, self.jumps, theirs)
 
 
@@ -128,6 +132,10 @@ class YuanCacheLayer(DynamicLayer):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def keep(self, u: torch.Tensor, a: torch.Tensor) -> None:
+        """Of [B, T, width], the last."""
+        self.last = u[:, -1:], a[:, -1:]
 
     @classmethod
     def in_place_of(cls, plain: DynamicLayer) -> YuanCacheLayer:
@@ -158,6 +166,21 @@ class YuanCacheLayer(DynamicLayer):
     def _each(self, change) -> None:
         if self.last is not None:
             self.last = tuple(change(t) for t in self.last)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryLayer:
+    """The same of a layer, in the memory of a plan."""
+
+    memory: Any
+    layer: int
+
+    @property
+    def last(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.memory.last(self.layer)
+
+    def keep(self, u: torch.Tensor, a: torch.Tensor) -> None:
+        self.memory.keep_last(self.layer, (u, a))
 
 
 def filter_remembers(cache: Cache, layers: int) -> None:
@@ -212,7 +235,7 @@ class LocalizedFiltering(nn.Module):
         self.conv2 = Conv2d(config.hidden_size // 2, config.hidden_size)
         self.output_layernorm = YuanRMSNorm(config.hidden_size, FILTER_EPS)
 
-    def forward(self, u: torch.Tensor, before: Before, cache: YuanCacheLayer | None) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, before: Before, cache: YuanCacheLayer | MemoryLayer | None) -> torch.Tensor:
         u_read = before.tokens_of(u)
         nothing = u.new_zeros(len(u), 1, 1)
         first_u, first_a = cache.last if cache is not None and cache.last is not None else (
@@ -220,7 +243,7 @@ class LocalizedFiltering(nn.Module):
         a = before.tokens_of(self.conv1(before(u_read, first_u), u))
         g = self.conv2(before(a, first_a), a)
         if cache is not None:
-            cache.last = u_read[:, -1:], a[:, -1:]
+            cache.keep(u_read, a)
         return self.output_layernorm(g + u)
 
 
@@ -245,7 +268,8 @@ class YuanAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, places, width = u.shape
         cache = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        z = self.lf_gate(u, before, cache if isinstance(cache, YuanCacheLayer) else None)
+        remembers = MemoryLayer(before.memory, self.layer_idx) if before.memory is not None else cache
+        z = self.lf_gate(u, before, remembers if isinstance(remembers, (YuanCacheLayer, MemoryLayer)) else None)
         pairs = torch.cat([self.q_proj(z), self.k_proj(z)], dim=-1).view(rows, places, self.heads, 2, self.head_dim)
         query, key = pairs.permute(3, 0, 2, 1, 4)  # each [B, heads, T, d]
         value = self.v_proj(u).view(rows, places, self.heads, self.head_dim).transpose(1, 2)

@@ -36,6 +36,8 @@ def embed_first(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         inputs = {"past_key_values": past_key_values, **({"trie": trie} if trie is not None else {}), **more}
         if not virtual.on:
             return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **inputs)
+        if trie is not None and trie.goes_on:
+            return forward(input_ids, attention_mask=attention_mask, **_positions(position_ids, 0, takes_positions), **inputs)
         places = model.virtual_places
         if past_key_values is not None and past_key_values.get_seq_length() > 0:  # they are in the cache already
             return forward(input_ids, attention_mask=with_places(attention_mask, places), inputs_embeds=inputs_embeds,
@@ -130,6 +132,8 @@ def cache_first(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         inputs = {**({"trie": trie} if trie is not None else {}), **more}
         if not virtual.on:
             return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, **inputs)
+        if trie is not None and trie.goes_on:
+            return forward(input_ids, attention_mask=attention_mask, **_positions(position_ids, 0, takes_positions), **inputs)
         places = model.virtual_places
         if past_key_values is None:
             past_key_values = Cache(layers=[PrefixLayer(*pair) for pair in keys_and_values(model)])
