@@ -230,7 +230,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     system: Annotated[str | None, typer.Option(help="System text before each prompt.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered at once.", min=1)] = 16,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts answered at once.  [default: 64, or fewer where memory is short]", min=1, show_default=False)] = None,
 ) -> None:
     """Answer one prompt, or a file of them."""
     from weitiao.use.chat import generate as answer
@@ -245,7 +245,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(help="Answer this many of them.  [default: all]", min=1, show_default=False)] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the untuned model beside it.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.  [default: a half more than the longest reference]", min=1, show_default=False)] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows answered at once.", min=1)] = 16,
+    batch_size: Annotated[int | None, typer.Option(help="Rows answered at once.  [default: 64, or fewer where memory is short]", min=1, show_default=False)] = None,
 ) -> None:
     """Loss, perplexity, exact match, field F1 where the answers are JSON; accuracy and confusion of labels."""
     from weitiao.use.evaluate import evaluate as measure

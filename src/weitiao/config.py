@@ -384,7 +384,7 @@ class EvaluationSettings(Group):
     metric: Literal["loss", "exact_match", "field_f1", "accuracy", "macro_f1"] = setting("loss", "what the best checkpoint is chosen by; exact_match and field_f1 need answers to be generated, accuracy and macro_f1 need labels")
     rows: int | None = setting(None, "how many rows to generate answers for; default: all", "rows", ge=1)
     max_new_tokens: int | None = setting(None, "longest answer; default: a half more than the longest reference", "tokens", ge=1)
-    batch_size: int = setting(16, "rows that answers are generated for at once", "rows", ge=1)
+    batch_size: int | None = setting(None, "rows that answers are generated for at once; default: 64, or fewer where memory is short (16 where a model's rows cannot be tries)", "rows", ge=1)
 
 
 class SavingSettings(Group):

@@ -147,11 +147,12 @@ class Pass:
 class Row:
     """A prompt that is being answered.
 
-    prompt: which one; start: the place where its answer begins; stem: above it; said: ids of the answer so far.
+    prompt: which one; start: the place where its answer begins; limit: the most ids of it; stem: above it; said: ids so far.
     """
 
     prompt: int
     start: int
+    limit: int
     stem: Stem | None
     said: list[int] = field(default_factory=list)
 
@@ -170,29 +171,35 @@ class Row:
         """How long its tail is when its last token has been read."""
         return self.place + 1 - self.first
 
+    @property
+    def longest(self) -> int:
+        """What its tail may come to."""
+        return self.start + self.limit - self.first
+
 
 class Batch:
     """The rows being answered and their tails; the memory of a step.
 
     tails: of each layer [slots, kv_heads, room, d]; row i has slot i. On a CPU they are float32 whatever the rest is: its
-    kernel is more than twice as fast on them where a query is a single token.
+    kernel is more than twice as fast on them where a query is a single token. Room is made for whole answers at once: tails that
+    grow leave holes in the heap, 6 GiB of them where 1.5 are used.
     """
 
     goes_on = True
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, at_once: int, places: int | None):
+        self.device, self.at_once, self.places = device, at_once, places
         self.rows: list[Row] = []
         self.tails: dict[int, Pair] = {}
         self.vectors: dict[int, tuple[torch.Tensor, ...]] = {}  # [rows, width] each; see Stem
-        self.slots, self.room = 0, 0  # what a pass or a step is about to need
+        self.room = 0  # for the longest tail that there may come to be
 
     # ------------------------------------------------------------------------------------------------ who is in it
 
     def join(self, rows: Sequence[Row]) -> None:
         """Rows that are about to be computed; what they have said is nothing yet."""
         self.rows += rows
-        self.slots, self.room = len(self.rows), max(row.tail for row in self.rows)
+        self.room = max(row.longest for row in self.rows)
         self._look_again()
 
     def leave(self, gone: Sequence[int]) -> None:
@@ -227,7 +234,7 @@ class Batch:
         count, places = len(self.rows), [row.place for row in self.rows]
         self.place = torch.tensor(places, device=self.device)
         self.at = self.place - torch.tensor([row.first for row in self.rows], device=self.device)
-        self.slots, self.room = count, max(row.tail for row in self.rows)
+        self.width = max(row.tail for row in self.rows)
         self.row = torch.arange(count, device=self.device)
         self.masks: dict[Any, torch.Tensor | None] = {}
         none = self.row[:0]
@@ -239,7 +246,7 @@ class Batch:
     ) -> torch.Tensor:
         self.take(layer, (key, value), None, self.row, self.at)
         heads = query[0].unflatten(0, (key.shape[1], -1))  # [kv_heads, group, rows, d]
-        keys, values = (t[: self.slots, :, : self.room] for t in self.tails[layer])
+        keys, values = (t[: len(self.rows), :, : self.width] for t in self.tails[layer])
         out, lse = part(heads.permute(2, 0, 1, 3).to(keys.dtype), keys, values, self._tail_mask(keys.dtype, window), scale)
         for stem, rows in self.stems:
             some = heads if rows is None else heads[:, :, rows]
@@ -266,28 +273,33 @@ class Batch:
             new = new[0].transpose(0, 1)
             tail[rows, :, at] = (new if nodes is None else new[nodes]).to(tail.dtype)
 
+    def slots(self, room: int) -> int:
+        """How many rows there may be with tails of that length."""
+        return self.at_once if self.places is None else max(1, min(self.at_once, self.places // room))
+
     def _tails(self, layer: int, pair: Pair) -> Pair:
         """With room for what is to come."""
-        old = self.tails.get(layer)
-        if old is None or old[0].shape[0] < self.slots or old[0].shape[2] < self.room:
-            more_slots = old is None or old[0].shape[0] < self.slots
-            slots = self.slots if more_slots else old[0].shape[0]
-            room = -(-self.room // 64) * 64  # grown in steps; where rows join, the room that longer ones had is given back
-            made = []
-            for i, new in enumerate(pair):
-                dtype = torch.promote_types(new.dtype, torch.float32) if self.device.type == "cpu" else new.dtype
-                tail = torch.zeros(slots, new.shape[1], room, new.shape[3], dtype=dtype, device=new.device)
-                if old:
-                    tail[: len(old[i]), :, : old[i].shape[2]] = old[i][:, :, :room]
-                made.append(tail)
-            self.tails[layer] = tuple(made)
+        old, slots = self.tails.get(layer), self.slots(self.room)
+        if old is None or old[0].shape[2] < self.room or len(old[0]) < len(self.rows):
+            self.tails[layer] = tuple(self._larger(slots, new, None if old is None else old[i]) for i, new in enumerate(pair))
         return self.tails[layer]
 
+    def _larger(self, slots: int, like: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+        shape = max(slots, len(self.rows)), like.shape[1], self.room, like.shape[3]
+        if self.device.type == "cpu":  # numpy's zeros take no memory before they are written
+            made = torch.from_numpy(np.zeros(shape, np.float64 if like.dtype == torch.float64 else np.float32))
+        else:
+            made = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if old is not None:
+            count, room = min(len(old), len(made)), min(old.shape[2], self.room)
+            made[:count, :, :room] = old[:count, :, :room]
+        return made
+
     def _tail_mask(self, dtype: torch.dtype, window: int | None) -> torch.Tensor | None:
-        """[rows, 1, 1, room]: a tail's places up to the row's own, inside the window; None where all are seen."""
+        """[rows, 1, 1, width]: a tail's places up to the row's own, inside the window; None where all are seen."""
         key = None, window
         if key not in self.masks:
-            here = torch.arange(self.room, device=self.device)
+            here = torch.arange(self.width, device=self.device)
             seen = here <= self.at[:, None]
             if window:
                 seen &= self.at[:, None] - here < window
@@ -329,13 +341,13 @@ def decode(
         TrieUnsupported: its attention asks for something that a trie cannot give; told at the first row.
     """
     order, stems = arrange(prompts, virtual)
-    batch = Batch(next(model.parameters()).device)
+    batch = Batch(next(model.parameters()).device, min(at_once, len(prompts)), places)
     unanswered = {stem: len(stem.rows) for lowest in stems if lowest for stem in lowest.chain()}
     taken = 0
     while taken < len(order) or batch.rows:
-        free = at_once - len(batch.rows)
+        free = batch.at_once - len(batch.rows)
         fresh = 0  # rows from here on get a token
-        joining = _who_joins(prompts, limits, order, stems, taken, free, batch, virtual, places) if free * 8 >= at_once or not batch.rows else []
+        joining = _who_joins(prompts, limits, order, stems, taken, free, batch, virtual) if free * 8 >= batch.at_once or not batch.rows else []
         if joining:
             fresh = len(batch.rows)
             taken += len(joining)
@@ -347,7 +359,7 @@ def decode(
         rows = batch.rows[fresh:]
         for row, token in zip(rows, choose(logits, [row.prompt for row in rows], [row.said for row in rows]), strict=True):
             row.said.append(token)
-        gone = [i for i, row in enumerate(batch.rows[fresh:], fresh) if row.said[-1] in stops or len(row.said) == limits[row.prompt]]
+        gone = [i for i, row in enumerate(batch.rows[fresh:], fresh) if row.said[-1] in stops or len(row.said) == row.limit]
         done = [batch.rows[i] for i in gone]
         if gone:
             batch.leave(gone)
@@ -360,20 +372,20 @@ def decode(
             yield row.prompt, row.said
 
 
-def _who_joins(prompts, limits, order, stems, taken: int, free: int, batch: Batch, virtual: int, places: int | None) -> list[Row]:
+def _who_joins(prompts, limits, order, stems, taken: int, free: int, batch: Batch, virtual: int) -> list[Row]:
     """The next rows that fit one pass and the batch, all of them below one stem that is computed already, if there is such a one."""
     above = _computed(stems[taken]) if taken < len(order) else None
     behind = above.end - virtual if above else 0  # the first token of a prompt that is computed
-    longest = max((row.tail + limits[row.prompt] for row in batch.rows), default=0)
+    longest = max((row.longest for row in batch.rows), default=0)
     rows: list[Row] = []
     nodes = 0
     before = np.zeros(0, np.int32)
     for k in range(taken, min(taken + free, above.rows.stop if above else len(order))):
         prompt = prompts[order[k]]
         nodes += len(prompt) - max(behind, common_prefix(before, prompt))
-        row = Row(order[k], virtual + len(prompt), stems[k])
-        longest = max(longest, row.tail + limits[row.prompt])
-        too_much = nodes > NODES or (places is not None and (len(batch.rows) + len(rows) + 1) * longest > places)
+        row = Row(order[k], virtual + len(prompt), limits[order[k]], stems[k])
+        longest = max(longest, row.longest)
+        too_much = nodes > NODES or len(batch.rows) + len(rows) == batch.slots(longest)
         if too_much and (rows or batch.rows):
             break
         rows.append(row)

@@ -81,7 +81,7 @@ def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Scr
 
 def generate(
     run: str, prompts: list[str], file: str | None, output: str | None, max_new_tokens: int, temperature: float,
-    top_p: float, system: str | None, batch_size: int,
+    top_p: float, system: str | None, batch_size: int | None,
 ) -> None:
     """Answer prompts; print them, or write {prompt, answer} lines to `output`."""
     if not file and not any(prompt.strip() for prompt in prompts):
@@ -115,7 +115,7 @@ def generate(
 
 
 def replies(
-    trained: Trained, prompts: Sequence[np.ndarray], sampling: Sampling, batch_size: int, screen: Screen,
+    trained: Trained, prompts: Sequence[np.ndarray], sampling: Sampling, batch_size: int | None, screen: Screen,
 ) -> list[dict[str, object]]:
     """{answer} a prompt, or {answer, probability} where the run classifies."""
     if trained.labels:

@@ -21,7 +21,6 @@ SETTINGS = (
     "training.epochs=1", "training.batch_size=16", "method.rank=16", "training.learning_rate=1e-3", "saving.every=end",
     "evaluation.every=end",
 )
-ANSWERS_AT_ONCE = 60
 ANSWERS_SHOWN = 3
 
 
@@ -42,7 +41,7 @@ def demo(output: str) -> None:
     run = training.train(settings, screen)
     trained = open_trained(str(run.path), screen)
     rows = rows_to_measure(trained, None, screen).rows
-    asked = EvaluationSettings(batch_size=ANSWERS_AT_ONCE)
+    asked = EvaluationSettings()
     screen.tell("\nAnswering the 60 held-out rows, untuned and tuned …")
     with trained.method.untuned(trained.model):
         before, base_scores = measure(trained, rows, asked, screen)

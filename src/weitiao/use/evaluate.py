@@ -18,7 +18,7 @@ from weitiao.train.folder import write_text
 from weitiao.use.trained import Trained, open_trained
 
 
-def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int) -> None:
+def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int | None) -> None:
     """Measure a run on its own rows set aside, or on others; write samples.jsonl and scores.json into the run folder."""
     quiet_libraries()
     screen = Screen()
