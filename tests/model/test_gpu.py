@@ -209,10 +209,10 @@ def test_a_plan_without_a_gpu_keeps_what_the_kernel_would(branching):
     plan = plan_of(branching)
     query, key, value = tensors(plan, dtype=torch.bfloat16)
     with attention.as_on("cuda"):
-        out = attention.attend(query, key, value, plan, 0.3, 5, 0.0)
+        out = attention.attend_within(query, key, value, plan, 0.3, 5, 0.0)
         assert out.shape == query.shape and type(out.grad_fn).__name__ == "KeptBackward"
         assert [g.shape for g in torch.autograd.grad(out.sum(), (query, key, value))] == [query.shape, key.shape, value.shape]
-        noisy = attention.attend(query, key, value, plan, 0.3, None, 0.5)  # by paths
+        noisy = attention.attend_within(query, key, value, plan, 0.3, None, 0.5)  # by paths
         assert type(noisy.grad_fn).__name__ != "KeptBackward" and noisy.isfinite().all()
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_attends_by_flex_passes_the_proof(branching, backward_on_a_
     from weitiao.train.proof import prove
 
     taken = []
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, plan, scale, window, dropout: taken.append(window) or flex.attend(q, k, v, plan, scale, window))
+    monkeypatch.setattr(attention, "attend_within", lambda q, k, v, plan, scale, window, dropout: taken.append(window) or flex.attend(q, k, v, plan, scale, window))
     model = tiny_model("gemma3").double()
     learn_on_tries(model)
     proof = prove(model, branching, torch.float64)
