@@ -79,7 +79,7 @@ ENVIRONMENTS = {
          "matplotlib", "pandas", "protobuf", "scipy", "sentencepiece", "tiktoken", "hf-transfer", "pillow"),
         bare=("llamafactory==0.9.5",),
     ),
-    "litgpt": Environment(("litgpt==0.5.13",)),
+    "litgpt": Environment(("litgpt==0.5.13", "requests")),
     "liger": Environment((*HUGGING_FACE, "trl==1.16.0", "liger-kernel==0.8.5")),
     "unsloth": Environment(("unsloth==2026.10.9",)),
 }
@@ -191,7 +191,9 @@ def watched(command: list[Any], environment: dict[str, str], options: argparse.N
         elif process.returncode and not reason:
             said.seek(0)
             lines = said.read().decode(errors="replace").strip().splitlines()
-            reason = f"exit code {process.returncode}: " + " | ".join(lines[-1 if not options.verbose else -40 :])
+            reason = f"exit code {process.returncode}: " + (lines[-1] if lines else "")
+            if options.verbose:
+                print("\n".join(lines[-40:]), file=sys.stderr)
     return reason, peak
 
 
@@ -402,14 +404,14 @@ def table(lines: list[dict[str, Any]] | None = None, job_names: list[str] | None
     for (job, peer), runs in newest.items():
         errors = [line["error"] for line in runs if "error" in line]
         if errors:
-            rows.append(f"| {job} | {peer} {described(runs[-1]['options'])} | | | not run: {errors[0]} | | | | |")
+            rows.append(f"| {job} | {peer} {described(runs[-1]['options'])} | | | not run: {errors[0].replace('|', '/')} | | | | |")
             continue
         ours = {line["round"]: line for line in everything if (line["job"], line["peer"], line["call"]) == (job, "weitiao", runs[0]["call"])}
         pairs = [(ours[line["round"]], line) for line in runs]
         worst = max(line["differ"] for line in runs)
         cells = [job, f"{peer} {described(runs[-1]['options'])}", spread([a["rows_a_second"] for a, _ in pairs]), spread([b["rows_a_second"] for _, b in pairs]),
                  spread([a["rows_a_second"] / b["rows_a_second"] for a, b in pairs]) if worst <= allowed(job) else "not counted",
-                 " : ".join(f"{statistics.median(one['learned_a_second'] for one in side):.0f}" for side in zip(*pairs)),
+                 " : ".join(f"{statistics.median(one['learned_a_second'] for one in side):.1f}" for side in zip(*pairs)),
                  " : ".join(f"{statistics.median(one['peak'] for one in side) / GIB:.1f}" for side in zip(*pairs)),
                  spread([a["peak"] / b["peak"] for a, b in pairs]), f"{worst:.1e}"]
         rows.append(f"| {' | '.join(cells)} |")
