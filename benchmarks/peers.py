@@ -176,16 +176,18 @@ def watched(command: list[Any], environment: dict[str, str], options: argparse.N
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")  # where memory runs out, this goes and nothing else
         peak = 0
         began, reason = time.monotonic(), None
-        while process.poll() is None:
-            peak = max(peak, high_water(process.pid))
-            if peak > options.memory * GIB:
-                reason = f"more than {options.memory:.0f} GiB"
-            if time.monotonic() - began > options.timeout:
-                reason = f"more than {options.timeout} s"
-            if reason:
+        try:
+            while process.poll() is None and not reason:
+                peak = max(peak, high_water(process.pid))
+                if peak > options.memory * GIB:
+                    reason = f"more than {options.memory:.0f} GiB"
+                if time.monotonic() - began > options.timeout:
+                    reason = f"more than {options.timeout} s"
+                time.sleep(0.1)
+        finally:  # also when we are stopped: it is in a session of its own
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            time.sleep(0.1)
         if process.returncode == -signal.SIGKILL and not reason:
             reason = "killed, as for memory"
         elif process.returncode and not reason:
@@ -456,6 +458,7 @@ def main() -> None:
     ran.add_argument("--until", type=float, help="stop when the evaluation loss is down there")
     shown.add_argument("--jobs", nargs="+")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: what is running is ended with us
     if options.command == "table":
         return print(table(job_names=options.jobs))
     {"install": install, "tune": tune, "run": run}[options.command](options)
