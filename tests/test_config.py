@@ -340,3 +340,22 @@ def test_no_setting_is_left_out_of_the_list():
     groups = {name.partition(".")[0] for name in listed}
     assert groups == set(config.Settings.model_fields)
     assert set(leaves(read().model_dump())) - {"method.name"} <= listed
+
+
+@pytest.mark.parametrize("words, expected", [
+    ({"method": "full", "training": {"memory": "thrifty"}}, ("bfloat16", "stochastic", "paged_adamw_8bit", True, True)),
+    ({"method": "full", "training": {"memory": "balanced"}}, ("bfloat16", "compensated", "adamw_bnb_8bit", False, None)),
+    ({"method": {"name": "full"}, "model": "gpt2", "training": {"memory": "fast"}}, ("auto", "auto", "adamw_torch", False, False)),
+    ({"method": "full", "model": {"dtype": "float32"}, "training": {"memory": "thrifty", "optimizer": "adafactor", "checkpointing": False}},
+     ("float32", "auto", "adafactor", True, False)),
+    ({"training": {"memory": "thrifty"}}, ("auto", "auto", "adamw_torch", False, True)),
+    ({"method": "lora", "training": {"memory": "balanced"}}, ("auto", "auto", "adamw_torch", False, None)),
+])
+def test_a_memory_setting_stands_for_several_and_what_is_given_wins(words, expected):
+    made = config.parse({"data": "rows.jsonl"} | words)
+    t = made.training
+    assert (made.model.dtype, t.rounding, t.optimizer, t.step_in_backward, t.checkpointing) == expected
+    assert config.parse(made.model_dump(mode="json")) == made, "a run goes on with what was settled"
+    assert config.parse(made.model_dump(exclude_unset=True)) == made
+    assert all(name in config.TrainingSettings.model_fields["memory"].description
+               for kinds in config.MEMORY.values() for rungs in kinds.values() for name in (n.removeprefix("training.") for n in rungs))

@@ -10,8 +10,9 @@ import torch
 from conftest import example, tiny_model
 
 from weitiao.config import LoraSettings
-from weitiao.data.batch import trie_batch
+from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.model.methods import METHODS
+from weitiao.train import proof
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import leak, prove
 from weitiao.trie import build
@@ -180,3 +181,39 @@ def test_a_proof_is_made_on_few_tokens_even_where_rows_are_long():
     short = [example(rng.integers(4, 60, 12), 1, i) for i in range(20)] + [example(rng.integers(4, 60, 500), 1, 99)]
     assert [len(e) for e in picked(short)] == [12] * (ROWS - 1) + [500]
     assert len(picked(rows[-2:])) == 2 and LONGEST < TOKENS
+
+
+def test_a_sketch_of_gradients_keeps_lengths_and_differences(branching):
+    """Folded as they come, over several passes: within a few per cent of the gradients', and no gradient left behind."""
+    from weitiao.train.proof import _gradients, sketched
+
+    model = tiny_model(hidden_size=64, vocabulary=2048)
+    learn_on_tries(model)
+    rows = [padded_batch([e], pad_id=0) for e in branching]
+    other = [padded_batch([e], pad_id=0) for e in branching[:4]]
+    plain = [{n: g.clone() for n, g in _gradients(model, some, 10.0, 1.0)} for some in (rows, other)]
+    sketches = [dict(sketched(model, some, 10.0, 1.0)) for some in (rows, other)]
+    assert plain[0].keys() == sketches[0].keys() and all(p.grad is None for p in model.parameters())
+    for name in plain[0]:
+        for values in ([plain[0][name], sketches[0][name]], [plain[0][name] - plain[1][name], sketches[0][name] - sketches[1][name]]):
+            assert float(values[1].norm()) == pytest.approx(float(values[0].norm()), rel=0.1), name
+
+
+def test_a_frugal_proof_passes_and_fails_like_the_other(branching, monkeypatch):
+    model = tiny_model()
+    learn_on_tries(model)
+    whole, frugal = (prove(model, branching, torch.float32, frugal=asked) for asked in (False, True))
+    assert whole.passed and frugal.passed
+    true = proof.summed_loss
+    monkeypatch.setattr(proof, "summed_loss", lambda m, b: true(m, b) * (1.01 if "trie" in b else 1.0))
+    broken = prove(model, branching, torch.float32, frugal=True)
+    assert not broken.passed and broken.grad_rel_max == pytest.approx(0.01, rel=0.2)
+
+
+def test_rows_are_shortened_to_where_something_is_learned():
+    from weitiao.train.proof import shortened
+
+    short, early, late = example(range(10), 4), example(range(40), 5), example(range(40), 30)
+    a, b, c = shortened([short, early, late], 16)
+    assert a.ids.tolist() == list(range(10)) and b.ids.tolist() == list(range(16)) and c.ids.tolist() == list(range(24, 40))
+    assert [e.weights.tolist() for e in (a, b, c)] == [[0] * 4 + [1] * 6, [0] * 5 + [1] * 11, [0] * 6 + [1] * 10]

@@ -180,3 +180,37 @@ def test_the_work_of_a_step_is_that_of_its_products():
     linears = sum(m.weight.numel() for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name)
     head = model.get_output_embeddings().weight.numel()
     assert trace(made, rows()).work.flops == pytest.approx(6 * (linears * 92 + head * 72), rel=0.03)
+
+
+STEPPED = {
+    "stochastic": {}, "compensated": {"rounding": "compensated"}, "inside": {"step_in_backward": True},
+    "inside, 8 bits": {"step_in_backward": True, "optimizer": "adamw_bnb_8bit"}, "adafactor": {"optimizer": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("words", STEPPED.values(), ids=STEPPED.keys())
+def test_weights_stepped_one_at_a_time_have_their_state_counted(words):
+    """bf16: 2 bytes a weight, gradients too unless they are let go; Adam's two means in float32; the other half of a weight."""
+    if "8bit" in words.get("optimizer", ""):
+        pytest.importorskip("bitsandbytes", reason="it brings the optimizer")
+    made = case("llama", layers=4, method="full", model={"name": "tiny", "dtype": "bfloat16"}, training=words)
+    traced = trace(made, rows())
+    parameters = sum(p.numel() for p in tracing.build_model(made, 4)[0].parameters())
+    stepping = traced.windows["optimizer"]
+    inside = "step_in_backward" in words
+    assert stepping.get("gradients", 0) == pytest.approx(0 if inside else 2 * parameters, rel=0.05)
+    expected = {"stochastic": 8, "compensated": 10, "inside": 8}
+    for name, bytes_a_weight in expected.items():
+        if STEPPED[name] is words:
+            assert stepping["optimizer"] == pytest.approx(bytes_a_weight * parameters, rel=0.02)
+    if words.get("optimizer") == "adafactor":
+        assert 0 < stepping["optimizer"] < parameters
+    if inside:
+        assert traced.windows["backward, upper half"]["gradients"] < parameters  # not all of them: half of their 2 bytes each
+
+
+def test_paged_states_are_not_the_gpus():
+    pytest.importorskip("bitsandbytes", reason="it brings the optimizer")
+    words = {"method": "full", "training": {"optimizer": "paged_adamw_8bit"}}
+    assert trace(case("llama", layers=4, device="cuda", **words), rows()).windows["optimizer"]["optimizer"] == 0
+    assert trace(case("llama", layers=4, **words), rows()).windows["optimizer"]["optimizer"] > 0

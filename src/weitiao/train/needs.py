@@ -24,11 +24,11 @@ from weitiao.errors import SettingError
 from weitiao.model import load as loading
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
-from weitiao.train import memory
+from weitiao.train import memory, stepping
 from weitiao.train.devices import Device
 from weitiao.train.loop import Schedule
 from weitiao.train.loss import CHUNK
-from weitiao.train.proof import picked
+from weitiao.train.proof import picked, shortened
 from weitiao.train.trace import TERMS, Case, Trace, alike, attention_flops, build_model, by_keys, segments_of, trace, with_layers
 from weitiao.trie import Example
 
@@ -42,6 +42,7 @@ KEEPS = {"cpu": 1.2, "cuda": 0.08}
 PASSING = ("activations", "logits", "work space")
 STEP_OF_BUDGET = 256  # nodes
 TRACED_BY_SEGMENTS = 2048  # tokens
+FULL_ADAMS = ("adam", "adamw", "adamw_torch", "adamw_torch_fused")  # that keep two numbers a weight, as wide as it is stepped
 MOST_STEPS = 50  # that are laid out to find the largest pass and how much is shared
 
 
@@ -237,9 +238,11 @@ def standing(subject: Subject, target: Target) -> int:
     case = subject.case(target, "trie", False)
     attached, _ = build_model(case, subject.config.get_text_config().num_hidden_layers)
     weights = sum(p.numel() * p.element_size() for p in attached.parameters())
-    trained = sum(p.numel() * p.element_size() for p in attached.parameters() if p.requires_grad)
-    adam = subject.settings.training.optimizer in ("adam", "adamw", "adamw_torch", "adamw_torch_fused")
-    return weights + trained * (3 if adam else 1)
+    trained = [p for p in attached.parameters() if p.requires_grad]
+    training = subject.settings.training
+    wide = 4 if stepping.rounding_in_force(subject.settings) != "nearest" else 0
+    state = sum(2 * p.numel() * (wide or p.element_size()) for p in trained) if training.optimizer in FULL_ADAMS else 0
+    return weights + state + (0 if training.step_in_backward else sum(p.numel() * p.element_size() for p in trained))
 
 
 def _layout(subject: Subject, target: Target) -> str:
@@ -297,7 +300,7 @@ def _line(subject: Subject, target: Target, layout: str, checkpointing: bool, ro
     half = list(rows[: len(rows) // 2]) if len(rows) > 1 else [_part(row, max(2, len(row) // 2)) for row in rows]
     training = subject.settings.training
     key = (layout, checkpointing, target.kind, case.compute, accumulates, subject.settings.model.model_dump_json(),
-           subject.settings.method.model_dump_json(), training.optimizer, training.optimizer_options)
+           subject.settings.method.model_dump_json(), training.optimizer, training.optimizer_options, training.rounding, training.step_in_backward)
     if key not in subject.lines:
         traces = tuple(trace(case, some, accumulates, subject.uniform) for some in (half, rows))
         sizes = tuple((subject.nodes(some, layout), edges_of(some)) for some in (half, rows))
@@ -408,14 +411,16 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
     """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
     if case.layout != "trie":
         return 0
-    rows = picked(subject.step(1), budget)
+    frugal = case.settings.training.step_in_backward
+    rows = picked(shortened(subject.step(1)) if frugal else subject.step(1), budget)
     longest = max(map(len, rows))
     standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework", "file pages"))
-    gradients = line.traces[1].windows["optimizer"].get("gradients", 0)
+    gradients = line.traces[1].windows["optimizer"].get("gradients", 0)  # none, if they are let go as they come: then sketches are held
+    passes = (*PASSING, "gradients") if frugal else PASSING
 
     def passing(nodes: int, edges: int) -> float:
         windows = line.at(nodes, edges).windows.values()
-        return max(sum(w.get(name, 0.0) for name in PASSING) for w in windows)
+        return max(sum(w.get(name, 0.0) for name in passes) for w in windows)
 
     vocabulary = subject.config.get_text_config().vocab_size
     logits = longest * vocabulary * (4 + 2 * case.compute.itemsize)

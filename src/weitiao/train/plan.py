@@ -54,6 +54,8 @@ CHANGES = (
     Change({"model.dtype": "auto"}, "frozen weights in the type that is computed in"),
     Change({"training.precision": "bf16"}, "products rounded to 8 bits"),
     Change({"training.optimizer": "adamw_bnb_8bit"}, "the optimizer's state in 8 bits; needs bitsandbytes"),
+    Change({"model.dtype": "bfloat16", "training.rounding": "compensated"}, "weights in bf16 and the other half of float32 beside them; products rounded to 8 bits"),
+    Change({"training.memory": "thrifty"}, "weights in bf16, stepped one by one in the backward pass; the optimizer's state in 8 bits; about twice the time"),
     Change({"training.optimizer": "adafactor"}, "another optimizer, which keeps sums of rows and columns"),
     Change({"model.quantize": "int8"}, "frozen weights in 8 bits"),
     Change({"model.quantize": "nf4"}, "frozen weights in 4 bits, a little less exact"),
@@ -69,6 +71,7 @@ CHANGES = (
 WAYS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("all weights", {"method": "full", "model.quantize": "none"}),
     ("all weights, 8-bit optimizer", {"method": "full", "model.quantize": "none", "training.optimizer": "adamw_bnb_8bit"}),
+    ("all weights in bf16, thrifty", {"method": "full", "model.quantize": "none", "training.memory": "thrifty"}),
     ("LoRA", {"method": "lora", "model.quantize": "none"}),
     ("LoRA on bf16", {"method": "lora", "model.quantize": "none", "training.precision": "bf16"}),
     ("LoRA on int8", {"method": "lora", "model.quantize": "int8"}),
@@ -230,7 +233,7 @@ def under(subject: Subject, settings: Settings) -> Subject:
 
 def installed(words: Mapping[str, Any]) -> bool:
     """Is the package there that it needs?"""
-    return "bnb" not in str(words.get("training.optimizer", "")) or importlib.util.find_spec("bitsandbytes") is not None
+    return not ({"training.optimizer", "training.memory"} & set(words) and words.get("training.optimizer") != "adafactor") or importlib.util.find_spec("bitsandbytes") is not None
 
 
 def change_that_fits(subject: Subject, target: Target, progress: Any = lambda items, what: items) -> tuple[Change, Plan] | None:
@@ -275,7 +278,7 @@ def ways(subject: Subject, target: Target, progress: Any = lambda items, what: i
             continue
         with contextlib.suppress(NoPlan, SettingError):
             other = under(subject, settings)
-            kind = (settings.method.name, settings.model.quantize, settings.training.optimizer, target.compute(settings, other.method.TRAINS_ALL))
+            kind = (settings.method.name, settings.model.quantize, settings.model.dtype, settings.training.optimizer, target.compute(settings, other.method.TRAINS_ALL))
             if kind not in seen:
                 seen.add(kind)
                 least = standing(other, target)

@@ -16,6 +16,7 @@ them moved for the moment, since half of its gradients would be zero by themselv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -61,6 +62,7 @@ class Proof:
 
 def prove(
     model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu", most_tokens: int | None = None,
+    frugal: bool = False,
 ) -> Proof:
     """Measure the three on at most `ROWS` examples.
 
@@ -68,8 +70,9 @@ def prove(
         model: with its method attached and the keyword `trie` taught; not wrapped for several processes.
         compute: what it computes in; bf16 on float32 weights runs under autocast, as in training.
         most_tokens: of the examples together, where memory holds fewer than usual.
+        frugal: compare sketches of gradients (see `sketched`), where memory does not hold all of them, let alone twice.
     """
-    examples = picked(examples, most_tokens)
+    examples = picked(shortened(examples) if frugal else examples, most_tokens)
     few = build(examples[:LEAK_ROWS])
     trie = build(examples)
     facts = {"rows": len(examples), "nodes": len(trie), "row_tokens": sum(len(e) for e in examples)}
@@ -79,7 +82,7 @@ def prove(
     try:
         with _undisturbed(model), autocast:
             scale = HALF_SCALE if compute is torch.float16 else 1.0
-            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device, scale))
+            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device, scale, sketched if frugal else _gradients))
     except TrieUnsupported as reason:
         return Proof(float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
     passed = all(value <= limit for value, limit in zip(measured, tolerances, strict=True))
@@ -131,13 +134,13 @@ def _hidden(model, trie: Trie, tokens: np.ndarray, device: str) -> torch.Tensor:
         return model(**batch, return_hidden=True).float()
 
 
-def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, scale: float) -> tuple[float, float]:
+def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, scale: float, gradients: Callable[..., Any]) -> tuple[float, float]:
     """(nll_max, grad_rel_max)."""
     nll_max = _nll_difference(model, trie, examples, device)
     weight = sum(float(e.weights.sum()) for e in examples)
-    by_trie = {name: g.clone() for name, g in _gradients(model, [trie_batch(trie, device)], weight, scale)}
+    by_trie = {name: g.clone() for name, g in gradients(model, [trie_batch(trie, device)], weight, scale)}
     rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
-    return nll_max, _worst(by_trie, _gradients(model, rows, weight, scale))
+    return nll_max, _worst(by_trie, gradients(model, rows, weight, scale))
 
 
 def _worst(ours: dict[str, torch.Tensor], theirs: Iterable[tuple[str, torch.Tensor]]) -> float:
@@ -168,6 +171,37 @@ def compare(
 def _tolerances(model: torch.nn.Module, compute: torch.dtype) -> tuple[float, float, float]:
     held = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return max(TOLERANCES.get(d, TOLERANCES[torch.bfloat16]) for d in {compute, *held})
+
+
+SKETCH, FOLDED = 4096, 1 << 22  # numbers a sketch has; numbers that are given their signs at once, a multiple of those
+
+
+def sketched(model, batches: Sequence[dict[str, Any]], weight: float, scale: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """`_gradients`, each folded to 4,096 numbers as soon as it is there, and let go.
+
+    Every number is given a sign at random, the same each time, and those 4,096 apart are added up: a linear map that keeps squared
+    lengths on the average, within about sqrt(2 / 4096) = 2 % (a count sketch, Charikar et al. 2002, with one place after the other). So
+    what is said of differences and lengths of gradients can be said of those of their sketches.
+    """
+    found: dict[str, torch.Tensor] = {}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def fold(name: str, number: int, weight: torch.nn.Parameter) -> None:
+        flat, weight.grad = weight.grad.detach().reshape(-1), None
+        signs = torch.Generator(flat.device).manual_seed(number)
+        for part in flat.split(FOLDED):
+            sign = torch.randint(0, 2, part.shape, generator=signs, device=part.device, dtype=torch.int8).mul_(2).sub_(1)
+            signed = torch.nn.functional.pad(part.float().mul_(sign), (0, -len(part) % SKETCH))
+            found[name] = found.get(name, 0.0) + signed.view(-1, SKETCH).sum(dim=0)
+
+    handles = [p.register_post_accumulate_grad_hook(functools.partial(fold, name, i)) for i, (name, p) in enumerate(named)]
+    try:
+        for batch in batches:
+            (summed_loss(model, batch) * (scale / weight)).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from found.items()
 
 
 def _norm(values: torch.Tensor) -> float:
@@ -228,6 +262,18 @@ def picked(examples: Sequence[Example], most_tokens: int | None = None) -> list[
     room = min(LONGEST, tokens - sum(map(len, few[:-1])))
     bearable = [e for e in by_length[len(few) :] if len(e) <= room]
     return few[:-1] + (bearable[-1:] or few[-1:])
+
+
+def shortened(examples: Sequence[Example], most: int = 256) -> list[Example]:
+    """Rows of at most so many tokens, the first ones, or those up to the last that is learned: plain rows have all their logits."""
+    found = []
+    for e in examples:
+        stop = min(len(e), most if e.weights[1:most].any() else int(np.flatnonzero(e.weights)[-1]) + 1)
+        start = max(0, stop - most)
+        weights = e.weights[start:stop].copy()
+        weights[0] = 0
+        found.append(Example(e.ids[start:stop], weights, e.row))
+    return found
 
 
 @contextmanager

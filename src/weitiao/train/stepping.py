@@ -90,6 +90,11 @@ class Piece:
     number: int
     stand_in: torch.nn.Parameter
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        whole = self.stop - self.start == self.weight.numel()
+        return tuple(self.weight.shape) if whole else (self.stop - self.start,)
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """These numbers, as they lie; whole weights keep their shape."""
         return tensor if self.stop - self.start == tensor.numel() else tensor.view(-1)[self.start : self.stop]
@@ -130,7 +135,9 @@ class ByWeight:
                    training.clipping_in_force, training.max_grad_norm)
 
     def stand_ins(self, weight: torch.nn.Parameter) -> list[torch.nn.Parameter]:
-        """What the optimizer is to be made over in the place of a weight."""
+        """What the optimizer is to be made over in the place of a weight; the same when asked again."""
+        if weight in self.pieces:
+            return [piece.stand_in for piece in self.pieces[weight]]
         count = max(1, -(-weight.numel() // PIECE)) if self.elementwise else 1
         size = max(1, -(-weight.numel() // count // BLOCK) * BLOCK) if count > 1 else weight.numel()
         dtype = torch.float32 if self._is_rounded(weight) else weight.dtype

@@ -20,7 +20,7 @@ import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
 from weitiao.train.loss import learn_on_tries, summed_loss
 from weitiao.train.optimizer import SEARCHERS, make_optimizer, takes_fused
+from weitiao.train.stepping import ByWeight
 from weitiao.trie import Example, Segment, build
 
 WINDOWS = ("forward", "loss", "backward, upper half", "backward, lower half", "optimizer")
@@ -249,29 +250,40 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
         _off_meta(attached)
         batch = {key: _fake(value, fake) for key, value in batch.items()}
         _seed(lives, attached, case)
+        trained = [p for p in attached.parameters() if p.requires_grad]
+        by_weight = ByWeight.of(case.settings)
+        for weight in trained:
+            weight.register_post_accumulate_grad_hook(lambda weight: lives.relabel([weight.grad], "gradients"))
+            if by_weight:
+                by_weight.stand_ins(weight)  # fake as it is
         with unset_fake_temporarily():  # bitsandbytes' make tables, whose numbers they look at
-            optimizer = make_optimizer(attached, case.settings.training, case.settings.learning_rate,
+            optimizer = make_optimizer(attached, case.settings.training, case.settings.learning_rate, by_weight=by_weight,
                                        rate_factor=lambda name: case.method.rate_factor(name, case.settings.method), decays=case.method.decays,
                                        fused=takes_fused(case.device, loss_scaled=case.compute is torch.float16))
+        if by_weight:
+            by_weight.clipping = "each" if by_weight.clipping == "measured" else by_weight.clipping  # the pass that measures holds no more
+            if _is_foreign(optimizer):
+                optimizer.step = lambda: None
         if case.device == "cuda":
             _as_on_a_gpu(optimizer)
         attached.train()
         autocast = torch.autocast("cpu", dtype=case.compute, enabled=loading.is_mixed(attached, case.compute))
-        trained = [p for p in attached.parameters() if p.requires_grad]
         with lives:
-            for _ in range(2 if accumulates else 1):
+            for last in (False, True) if accumulates else (True,):
                 lives.begin("forward")
                 with autocast, _told_of_the_loss(model, lives):
                     loss = summed_loss(attached, batch) if case.layout == "trie" else _padded_loss(attached, batch, learned)
                 lives.begin("backward")
-                loss.backward()
+                if by_weight:
+                    by_weight.due = last
+                with by_weight.gathering(1) if by_weight else nullcontext():
+                    loss.backward()
                 del loss
-            gradients = [p.grad for p in trained if p.grad is not None]
-            lives.relabel(gradients, "gradients")
             lives.begin("optimizer")
-            state = _step(optimizer, trained, case, lives)
+            state = _steps_by_weight(by_weight, optimizer, lives) if by_weight else _step(optimizer, trained, case, lives)
+        if by_weight and _is_foreign(optimizer) and _is_resident(case):
+            state += state_by_experiment([(piece.shape, piece.stand_in.dtype) for pieces in by_weight.pieces.values() for piece in pieces], case)
     windows = lives.windows()
-    del gradients
     for name in windows:  # from the second step on the state is there all the time
         windows[name]["optimizer"] = state
     return Trace({name: dict(windows[name]) for name in WINDOWS if name in windows}, *lives.works())
@@ -407,10 +419,32 @@ def _step(optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], cas
     try:
         optimizer.step()
     except RuntimeError:  # fake tensors have no kernels of another library, and no numbers: its state by an experiment, its work by none
-        return state_by_experiment(trained, case)
+        return _is_resident(case) * state_by_experiment([(tuple(p.shape), p.dtype) for p in trained], case)
+    return _is_resident(case) * _kept(optimizer, lives)
+
+
+def _kept(optimizer: torch.optim.Optimizer, lives: Lives) -> int:
     kept = [t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor)]
     lives.relabel(kept, None)
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}.values())
+
+
+def _steps_by_weight(by_weight: ByWeight, optimizer: torch.optim.Optimizer, lives: Lives) -> int:
+    """Take what steps are left to take, of weights one at a time; the bytes of the state they leave."""
+    if not by_weight.in_backward:
+        by_weight.step(1)
+    torch.empty(1)  # so that this part of the step is there
+    return _kept(optimizer, lives)
+
+
+def _is_foreign(optimizer: torch.optim.Optimizer) -> bool:
+    """Does it have kernels of its own, which fake tensors cannot run through?"""
+    return not type(optimizer).__module__.startswith(("torch.", "transformers."))
+
+
+def _is_resident(case: Case) -> bool:
+    """Paged states of bitsandbytes lie in the host's memory as soon as a GPU's is short."""
+    return not (case.device == "cuda" and case.settings.training.optimizer.startswith("paged"))
 
 
 def _searcher_state(optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> int:
@@ -431,15 +465,15 @@ def _state_of(shape: tuple[int, ...], dtype: torch.dtype, training: str) -> int:
     return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor))
 
 
-def state_by_experiment(trained: Sequence[nn.Parameter], case: Case) -> int:
-    """A real step on a small tensor of each number of dimensions; its state a weight is taken for the rest."""
+def state_by_experiment(trained: Sequence[tuple[tuple[int, ...], torch.dtype]], case: Case) -> int:
+    """A real step on a small tensor of each number of dimensions; its state a weight is taken for the rest. trained: shapes and types."""
     small = {1: (8192,), 2: (128, 128)}
     total = 0.0
     with unset_fake_temporarily():
-        for parameter in trained:
-            shape = small[1 if parameter.ndim < 2 else 2]
-            state = _state_of(shape, parameter.dtype, case.settings.training.model_dump_json(exclude_defaults=True))
-            total += state / np.prod(shape) * parameter.numel()
+        for shape, dtype in trained:
+            tried = small[1 if len(shape) < 2 else 2]
+            state = _state_of(tried, dtype, case.settings.training.model_dump_json(exclude_defaults=True))
+            total += state / np.prod(tried) * np.prod(shape)
     return round(total)
 
 

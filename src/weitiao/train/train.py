@@ -367,7 +367,8 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     first = first_rows(job)
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
-        proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None)
+        proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None,
+                      frugal=job.settings.training.step_in_backward)
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(
