@@ -129,6 +129,45 @@ def test_those_that_build_on_their_first_step_have_no_warm_up_and_rprop_one_rate
     assert rates("adam")[0] == 0 < rates("lbfgs")[0] == 0.01
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name, package", [("galore_adamw", "galore_torch"), ("galore_adafactor", "galore_torch"), ("apollo_adamw", "apollo_torch")])
+def test_projected_optimizers_learn_keep_less_and_go_on_as_they_left_off(tokenizer, tmp_path, name, package, half):
+    pytest.importorskip(package, reason="it brings the optimizer")
+
+    def start(run=None):
+        model = tiny_model(seed=1).to(torch.bfloat16 if half else torch.float32)
+        return training(tokenizer, make_rows(), method="full", run=run, optimizer=name, learning_rate=1e-2, epochs=4, model=model,
+                        optimizer_options="rank=4,update_proj_gap=3", of_model={"name": "tiny", "dtype": "bfloat16"} if half else "tiny",
+                        step_in_backward=half, **({"clipping": "each"} if half else {}))
+
+    whole, first, second = start(), start(RunFolder(tmp_path)), start()
+    whole.fit()
+    first.fit(last=5)
+    first.save()
+    second.restore(RunFolder(tmp_path).checkpoints()[-1])
+    second.fit()
+    assert losses(whole)[-1] < losses(whole)[0] - 0.1
+    assert second.listener.lines == whole.listener.lines[5:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters, strict=True))
+
+
+@pytest.mark.parametrize("name, package", [("galore_adamw", "galore_torch"), ("apollo_adamw", "apollo_torch")])
+def test_without_its_package_an_optimizer_is_refused_by_name(name, package, monkeypatch):
+    monkeypatch.setattr(f"transformers.trainer_optimizer.is_{package}_available", lambda: False)
+    with pytest.raises(SettingError, match=f"install `{package}`"):
+        make_optimizer(tiny_model(), settings("full", optimizer=name).training, 1e-3)
+
+
+@pytest.mark.parametrize("name, cure", [
+    ("lomo", "training.optimizer=sgd with training.step_in_backward=true"), ("adalomo", "training.optimizer=adafactor with"),
+    ("galore_adamw_layerwise", "training.optimizer=galore_adamw with"), ("apollo_adamw_layerwise", "training.optimizer=apollo_adamw with"),
+    ("schedule_free_adamw", "for an evaluation and back"), ("galore_adamw_8bit", "training.optimizer=apollo_adamw"),
+])
+def test_those_with_a_loop_of_their_own_are_refused_with_what_does_instead(name, cure):
+    with pytest.raises(SettingError, match=cure):
+        refuse_unfit(settings("full", optimizer=name).training, torch.float32)
+
+
 # ------------------------------------------------------------------------------------------------- L-BFGS in the loop
 
 

@@ -39,7 +39,7 @@ from weitiao.train.evaluation import (
 )
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
 from weitiao.train.loss import summed_loss
-from weitiao.train.optimizer import SEARCHERS, make_optimizer, make_scheduler, step_scheduler, takes_fused
+from weitiao.train.optimizer import SEARCHERS, kinds_of_state, make_optimizer, make_scheduler, step_scheduler, takes_fused
 from weitiao.train.stepping import ByWeight, paged_again
 from weitiao.trie import Example
 
@@ -414,7 +414,8 @@ class Training:
         self.method.load(self.plain_model, checkpoint.path / self.method.FOLDER)
         if (checkpoint.path / ENCODER).is_file():
             self.method.load_encoder_state(self.plain_model, load_file(checkpoint.path / ENCODER))
-        state = torch.load(checkpoint.path / "trainer.pt", map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(kinds_of_state(self.settings.training.optimizer)):
+            state = torch.load(checkpoint.path / "trainer.pt", map_location="cpu", weights_only=True)
         self.optimizer.optimizer.load_state_dict(state["optimizer"])
         if self.by_weight:
             self.by_weight.restored()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -36,8 +37,27 @@ NARROWER: dict[str, Any] = {  # than torch's annotations say: L-BFGS looks at no
     "line_search_fn": Literal["strong_wolfe"] | None,
 }
 
-# Optimizers of transformers that want the backward pass or the evaluation done their way; our loop does neither.
-LOOPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")
+# Optimizers of transformers that want the backward pass or the evaluation done their way; our loop does neither. What does instead.
+LOOPS_OF_THEIR_OWN = {
+    r"lomo": "LOMO is training.optimizer=sgd with training.step_in_backward=true.",
+    r"adalomo": "Its package keeps its state where no checkpoint finds it. training.optimizer=adafactor with training.step_in_backward=true is "
+                "much the same: factored squares, stepped in the backward pass.",
+    r"(.+)_layerwise": r"It is training.optimizer=\1 with training.step_in_backward=true.",
+    r"schedule_free_.+": "It changes weights for an evaluation and back, which this loop does not do.",
+    r"galore_adamw_8bit": "Its package calls bitsandbytes as that was in 2024. training.optimizer=apollo_adamw keeps still less.",
+}
+# Those that keep Adam's state of a projection of each linear's gradient, of so many dimensions (optimizer_options: rank, update_proj_gap, scale):
+# GaLore (Zhao et al. 2024, arXiv:2403.03507), APOLLO (Zhu et al. 2024, arXiv:2412.05270). What their state holds beside tensors.
+LOW_RANK = {
+    "galore": ("galore_torch.galore_projector:GaLoreProjector",),
+    "apollo": ("apollo_torch.random_projector:GradientProjector", "apollo_torch.svd_projector:GaLoreProjector"),
+}
+
+
+def kinds_of_state(name: str) -> list[type]:
+    """Classes of which an optimizer's state holds objects; a checkpoint is read with these and no other."""
+    found = [path.split(":") for path in LOW_RANK.get(name.partition("_")[0], ())]
+    return [getattr(importlib.import_module(module), kind) for module, kind in found]
 
 
 def refuse_unfit(settings: TrainingSettings, compute: torch.dtype) -> None:
@@ -49,8 +69,12 @@ def refuse_unfit(settings: TrainingSettings, compute: torch.dtype) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
+    for pattern, cure in LOOPS_OF_THEIR_OWN.items():
+        if found := re.fullmatch(pattern, settings.optimizer):
+            raise SettingError(f"training.optimizer={settings.optimizer} does not go with this loop.", found.expand(cure))
+    own = re.compile("|".join(LOOPS_OF_THEIR_OWN))
     for name, ours, theirs in (("optimizer", list(PLAIN), OptimizerNames), ("scheduler", [], SchedulerType)):
-        names = list(dict.fromkeys([*ours, *(kind.value for kind in theirs if not kind.value.startswith(LOOPS_OF_THEIR_OWN))]))
+        names = list(dict.fromkeys([*ours, *(kind.value for kind in theirs if not own.fullmatch(kind.value))]))
         asked = getattr(settings, name)
         if asked not in names:
             raise SettingError(f"training.{name} = {asked!r} is unknown. {nearest(asked, names)}".rstrip(),
@@ -81,22 +105,24 @@ def make_optimizer(
     Raises:
         SettingError: the package that brings it is missing, or it refuses its options or this model.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    kind, options = (None, {}) if settings.optimizer in PLAIN else _of_transformers(model, settings, learning_rate)
+    projected, projection = _projection(options)
+    groups: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = settings.weight_decay if decays(name, parameter) else 0.0
             members = by_weight.stand_ins(parameter) if by_weight else [parameter]
-            groups.setdefault((decay, rate_factor(name)), []).extend(members)
+            groups.setdefault((decay, rate_factor(name), id(parameter) in projected), []).extend(members)
     listed = [
         {"params": parameters, "lr": learning_rate * factor} | ({} if settings.optimizer in WITHOUT_DECAY else {"weight_decay": decay})
-        for (decay, factor), parameters in groups.items()
+        | (projection if low_rank else {})
+        for (decay, factor, low_rank), parameters in groups.items()
     ]
     if settings.optimizer in SEARCHERS:
         _refuse_spread(settings.optimizer, listed)
-    if settings.optimizer in PLAIN:
+    if kind is None:
         made = _build(settings, listed, learning_rate, fused and not by_weight and settings.optimizer in FUSED)
     else:
-        kind, options = _of_transformers(model, settings, learning_rate)
         made = kind(listed, **options)
     if by_weight:
         by_weight.bind(made)
@@ -172,12 +198,20 @@ def _of_transformers(model: torch.nn.Module, settings: TrainingSettings, learnin
     arguments = _arguments(
         optim=OptimizerNames(settings.optimizer), optim_args=settings.optimizer_options or None,
         learning_rate=learning_rate, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2,
-        adam_epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay,
+        adam_epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay, optim_target_modules="all-linear",
     )
     try:
         return Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except (ImportError, ValueError) as error:
         raise SettingError(f"training.optimizer = {settings.optimizer!r} cannot be used here.", str(error).splitlines()[0]) from error
+
+
+def _projection(options: dict[str, Any]) -> tuple[set[int], dict[str, Any]]:
+    """(ids of the weights whose gradients are projected, how), taken out of the options."""
+    groups = options.pop("params", None)
+    if not groups:
+        return set(), {}
+    return {id(p) for p in groups[1]["params"]}, {name: value for name, value in groups[1].items() if name != "params"}
 
 
 def _arguments(**ours: Any) -> SimpleNamespace:

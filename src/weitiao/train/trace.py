@@ -424,7 +424,9 @@ def _step(optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], cas
 
 
 def _kept(optimizer: torch.optim.Optimizer, lives: Lives) -> int:
-    kept = [t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor)]
+    leaves = pytree.tree_leaves(dict(optimizer.state))
+    leaves += [value for leaf in leaves if type(leaf).__name__.endswith("Projector") for value in pytree.tree_leaves(vars(leaf))]
+    kept = [t for t in leaves if isinstance(t, torch.Tensor)]
     lives.relabel(kept, None)
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}.values())
 
@@ -439,7 +441,7 @@ def _steps_by_weight(by_weight: ByWeight, optimizer: torch.optim.Optimizer, live
 
 def _is_foreign(optimizer: torch.optim.Optimizer) -> bool:
     """Does it have kernels of its own, which fake tensors cannot run through?"""
-    return not type(optimizer).__module__.startswith(("torch.", "transformers."))
+    return not type(optimizer).__module__.startswith(("torch.", "transformers.", "galore_torch.", "apollo_torch."))
 
 
 def _is_resident(case: Case) -> bool:
