@@ -344,7 +344,7 @@ def test_no_setting_is_left_out_of_the_list():
 
 @pytest.mark.parametrize("words, expected", [
     ({"method": "full", "training": {"memory": "thrifty"}}, ("bfloat16", "stochastic", "paged_adamw_8bit", True, True)),
-    ({"method": "full", "training": {"memory": "balanced"}}, ("bfloat16", "compensated", "adamw_bnb_8bit", False, None)),
+    ({"method": "full", "training": {"memory": "balanced"}}, ("bfloat16", "stochastic", "adamw_bnb_8bit", False, None)),
     ({"method": {"name": "full"}, "model": "gpt2", "training": {"memory": "fast"}}, ("auto", "auto", "adamw_torch", False, False)),
     ({"method": "full", "model": {"dtype": "float32"}, "training": {"memory": "thrifty", "optimizer": "adafactor", "checkpointing": False}},
      ("float32", "auto", "adafactor", True, False)),

@@ -342,7 +342,7 @@ class TrainingSettings(Group):
     adam_epsilon: float = setting(1e-8, "added to the root of that mean, so that nothing is divided by 0", gt=0)
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it; 0: never; lbfgs: never, since it measures slopes", ge=0)
     clipping: Literal["auto", "whole", "measured", "each"] = setting("auto", "what max_grad_norm is held against. whole: the length of all gradients together; measured: the same, found by a backward pass of its own, which doubles the time (step_in_backward); each: every weight's gradient by itself, another rule than the usual one (step_in_backward); auto: whole, or measured with step_in_backward")
-    memory: Literal["thrifty", "balanced", "fast"] | None = setting(None, "a set of the settings that trade memory for time; what is given besides wins over it. method=full. fast: checkpointing=false. balanced: model.dtype=bfloat16, rounding=compensated, optimizer=adamw_bnb_8bit. thrifty: model.dtype=bfloat16, rounding=stochastic, optimizer=paged_adamw_8bit, step_in_backward=true, checkpointing=true. Other methods. fast: checkpointing=false; balanced: nothing; thrifty: checkpointing=true")
+    memory: Literal["thrifty", "balanced", "fast"] | None = setting(None, "a set of the settings that trade memory for time; what is given besides wins over it. method=full. fast: checkpointing=false. balanced: model.dtype=bfloat16, rounding=stochastic, optimizer=adamw_bnb_8bit. thrifty: model.dtype=bfloat16, rounding=stochastic, optimizer=paged_adamw_8bit, step_in_backward=true, checkpointing=true. Other methods. fast: checkpointing=false; balanced: nothing; thrifty: checkpointing=true")
     step_in_backward: bool = setting(False, "step each weight as soon as its gradient is there, and let the gradient go: the same result, without the memory of all gradients where a step is one pass (of several, they add up until the last). See clipping, or set max_grad_norm=0")
     rounding: Literal["auto", "nearest", "stochastic", "compensated"] = setting("auto", "how trained weights in bfloat16 take a step. stochastic: up or down at random, so that small steps count on the average; compensated: the 16 bits that bfloat16 leaves off are kept beside it, 2 bytes a weight, which is float32 to the bit; nearest: most steps round to nothing; auto: stochastic")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
@@ -413,7 +413,7 @@ class SamplesSettings(Group):
 MEMORY: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
         "fast": {"training.checkpointing": False},
-        "balanced": {"model.dtype": "bfloat16", "training.rounding": "compensated", "training.optimizer": "adamw_bnb_8bit"},
+        "balanced": {"model.dtype": "bfloat16", "training.rounding": "stochastic", "training.optimizer": "adamw_bnb_8bit"},
         "thrifty": {"model.dtype": "bfloat16", "training.rounding": "stochastic", "training.optimizer": "paged_adamw_8bit",
                     "training.step_in_backward": True, "training.checkpointing": True},
     },

@@ -145,7 +145,7 @@ def test_packed_weights_have_the_bytes_that_bitsandbytes_gives_them(quantize, bi
 
 def test_an_optimizer_that_cannot_be_traced_is_tried_on_a_small_tensor():
     made = case("llama", layers=4, method="full", training={"optimizer": "adamw_torch"})
-    parameters = [torch.nn.Parameter(torch.zeros(64, 100)), torch.nn.Parameter(torch.zeros(50))]
+    parameters = [((64, 100), torch.float32), ((50,), torch.float32)]
     assert tracing.state_by_experiment(parameters, made) == pytest.approx(8 * 6450, rel=0.01)
 
 
