@@ -313,10 +313,16 @@ def usable(options: argparse.Namespace) -> list[str]:
     return found
 
 
+def without_places(arguments: list[str]) -> list[str]:
+    """The same, with FOLDER and ENVS where they name a place of this machine."""
+    names = {"--data": "FOLDER", "--envs": "ENVS"}
+    return [names.get(before, argument) for before, argument in zip(["", *arguments], arguments)]
+
+
 def facts(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     """What is stored beside each line of this call."""
     return {"kind": kind, "call": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine(), "threads": options.threads,
-            "command": "python " + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])}
+            "command": "python " + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *without_places(sys.argv[1:])])}
 
 
 # ----------------------------------------------------------------------------------------------------------- tune, run

@@ -84,7 +84,7 @@ def test_any_size_of_pass_is_told_from_two():
         told = line.at(wanted.nodes(rows[:count], "trie"), edges_of(rows[:count]))
         traced = trace(wanted.case(ROOMY, "trie", False), rows[:count])
         assert told.peak == pytest.approx(traced.peak, rel=0.02)  # chunks of elementwise work are as large whatever the pass
-        assert told.terms["logits"] == pytest.approx(traced.terms["logits"], rel=0.05)
+        assert told.windows["loss"]["logits"] == pytest.approx(traced.windows["loss"]["logits"], rel=0.05)
 
 
 def test_a_model_that_cannot_be_run_without_numbers_has_no_plan(monkeypatch):
