@@ -72,6 +72,21 @@ def losses(trained: Training) -> list[float]:
     return [line["loss"] for line in trained.listener.lines]
 
 
+def uninterrupted(start, folder: Path, at: int = 5) -> Training:
+    """The run that `start` makes, fitted, after a look that one which is saved after step `at` and goes on is it, bit for bit."""
+    from weitiao.train.folder import RunFolder
+
+    whole, first, second = start(None), start(RunFolder(folder)), start(None)
+    whole.fit()
+    first.fit(last=at)
+    first.save()
+    second.restore(RunFolder(folder).checkpoints()[-1])
+    second.fit()
+    assert losses(second) and second.listener.lines == whole.listener.lines[at:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters, strict=True))
+    return whole
+
+
 def test_every_row_once_an_epoch_in_an_order_of_its_own():
     schedule = Schedule(rows=10, batch_size=4, seed=7, epochs=2)
     assert (schedule.steps_per_epoch, schedule.steps) == (3, 6)

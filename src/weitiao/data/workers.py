@@ -18,8 +18,9 @@ MOST_WORKERS = 8
 
 
 def usual_workers() -> int:
-    """One a core."""
-    return min(os.cpu_count() or 1, MOST_WORKERS)
+    """One a core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], workers: int) -> Iterator[Any]:
