@@ -10,10 +10,10 @@ So each segment is one causal and one unmasked call of a flash kernel, merged by
 attention's with the global log-sum-exp (Dao et al. 2022, arXiv:2205.14135, algorithm 4; the merge as in ring attention,
 Liu et al. 2023, arXiv:2310.01889). No mask is built, no key is copied, and each is kept once.
 
-Four ways to the same numbers:
+Five ways to the same numbers:
 
+    cpu, gpu   a device's own, in `model/cpu.py` and `model/gpu.py`: no dropout
     by_keys    the above. Full attention, no dropout, on a device whose flash kernel hands out its log-sum-exp
-    gpu        that device's own, in `model/gpu.py`: no dropout
     by_paths   every segment attends to the concatenated keys of its own path: windows, dropout, any device
     dense      one T x T boolean mask: the definition, and the judge of the others
 
@@ -30,10 +30,11 @@ import torch
 from torch.nn import functional as F
 
 from weitiao.data.batch import Plan
-from weitiao.model import gpu
+from weitiao.model import cpu, gpu
 from weitiao.trie import Segment
 
 NAME = "weitiao"
+OWN = {"cpu": cpu.attend, "cuda": gpu.attend}
 
 
 class TrieUnsupported(Exception):
@@ -99,7 +100,8 @@ def attend_within(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None, dropout: float = 0.0,
 ) -> torch.Tensor:
     """The quickest of the ways that can; shapes as above."""
-    if _device(query) == "cuda" and (out := gpu.attend(query, key, value, plan, scale, window, dropout)) is not None:
+    own = OWN.get(_device(query))
+    if own and (out := own(query, key, value, plan, scale, window, dropout)) is not None:
         return out
     if window is None and dropout == 0.0 and _has_flash_kernel(query, value):
         return ByKeys.apply(query, key, value, plan.segments, scale)

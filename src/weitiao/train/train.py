@@ -27,7 +27,7 @@ from weitiao.data.packing import trie_passes
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
-from weitiao.model import fused, kernels, quantize
+from weitiao.model import cpu, fused, kernels, quantize
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
@@ -375,6 +375,8 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
             f"Proven on {_count(proof.rows, 'row')} ({proof.dtype}): {how_far}. leak {proof.leak_max:.1g}, "
             f"nll {proof.nll_max:.1g}, gradients {proof.grad_rel_max:.1g}."
         )
+        if job.accelerator.device.type == "cpu" and (reason := cpu.trouble(job.compute)):
+            screen.tell(f"Attention goes by PyTorch's kernels, which take longer: {reason}", style="yellow")
         return "trie", proof
     return _fall_back(asked, proof.reason, screen), proof
 

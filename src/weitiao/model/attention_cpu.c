@@ -1,0 +1,608 @@
+/* Attention over a trie on a CPU: each key is seen by a range of queries, so a block of 64 keys and 64 queries is either skipped, taken
+ * whole, or masked row by row. compiled.py builds this file with the machine's own compiler and calls it.
+ *
+ * Scores stand transposed, [key][query]: a vector holds 16 queries, so that a softmax over keys needs no sum across a vector, and the
+ * queries that see a key are a range of its row. Forward: the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867); backward:
+ * algorithm 4 of Dao et al. 2022 (arXiv:2205.14135), a block of queries at a time.
+ *
+ * float32 goes by vectors of the compiler, on any processor; bfloat16 by the matrix tiles of AMX, where they are, with sums in float32.
+ * What is added up in which order depends on the number of threads alone.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
+#endif
+
+#define B 64 /* keys, and queries, of a block */
+#define LANES 16
+#define VECTORS (B / LANES)
+#define LOG2E 1.4426950408889634f
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t half; /* the bits of a bfloat16 */
+
+/* [heads][rows][width], the last one dense; strides in elements. */
+typedef struct {
+    void *at;
+    long head, row;
+} Tensor;
+
+/* first, last [keys]: key k is seen by the queries first[k] <= q < last[k]. lse, delta [heads][queries]. */
+typedef struct {
+    long heads, key_heads, queries, keys, width, threads;
+    float scale;
+    const int32_t *first, *last;
+    Tensor query, key, value, out, grad, d_query, d_key, d_value;
+    float *lse;
+} Job;
+
+static const ints ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+static inline vec all(float x) { return x - (vec){}; }
+static inline vec only(ints mask, vec x) { return (vec)((ints)x & mask); }
+static inline vec choose(ints mask, vec a, vec b) { return (vec)(((ints)a & mask) | ((ints)b & ~mask)); }
+
+static inline vec larger(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* 2^x for x <= 0, to 2e-7 of it; what it makes of a larger x is masked by those who ask. The nearest integer goes into the exponent, a
+ * Taylor polynomial takes the rest, |r| <= 1/2. Below 2^-64 it is 0: nothing is lost beside a 1, and no product of two such numbers is so
+ * small that the processor slows down. */
+static inline vec exp2_of(vec x) {
+#ifdef __AVX512F__
+    vec whole = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - whole;
+#else
+    vec bounded = larger(x, all(-64.0f));
+    vec shifted = bounded + 12582912.0f; /* 1.5 * 2^23: rounds to an integer in the lowest bits */
+    vec r = bounded - (shifted - 12582912.0f);
+#endif
+    vec p = all(1.5403530e-4f);
+    p = p * r + 1.3333558e-3f;
+    p = p * r + 9.6181291e-3f;
+    p = p * r + 5.5504109e-2f;
+    p = p * r + 2.4022651e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+#ifdef __AVX512F__
+    return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-64.0f), _CMP_GT_OQ), (__m512)p, (__m512)whole);
+#else
+    return only(x > -64.0f, (vec)((ints)p + ((ints)shifted << 23)));
+#endif
+}
+
+/* Which queries each block of keys is seen by: hull by any of its keys, whole by all of them. */
+typedef struct {
+    int32_t from, to, whole_from, whole_to;
+} Seen;
+
+static Seen *seen_by(const Job *job) {
+    long blocks = (job->keys + B - 1) / B;
+    Seen *seen = malloc(blocks * sizeof(Seen));
+    for (long j = 0; seen && j < blocks; j++) {
+        Seen s = {INT32_MAX, 0, 0, INT32_MAX};
+        for (long k = j * B; k < (j + 1) * B && k < job->keys; k++) {
+            if (job->first[k] < s.from) s.from = job->first[k];
+            if (job->last[k] > s.to) s.to = job->last[k];
+            if (job->first[k] > s.whole_from) s.whole_from = job->first[k];
+            if (job->last[k] < s.whole_to) s.whole_to = job->last[k];
+        }
+        if ((j + 1) * B > job->keys) s.whole_to = 0; /* the last keys of a block may be missing */
+        seen[j] = s;
+    }
+    return seen;
+}
+
+static inline int sees(Seen s, long q0, long q1) { return s.from < q1 && q0 < s.to; }
+
+/* Items (head, block of queries), head by head, in as many runs of like work as there are threads: starts [threads + 1]. */
+static void share_out(const Job *job, const Seen *seen, long *starts) {
+    long blocks = (job->queries + B - 1) / B, key_blocks = (job->keys + B - 1) / B, total = 0, done = 0, thread = 1;
+    long *work = malloc(blocks * sizeof(long));
+    for (long i = 0; i < blocks; i++) {
+        work[i] = 1;
+        for (long j = 0; j < key_blocks; j++) work[i] += sees(seen[j], i * B, (i + 1) * B);
+        total += work[i];
+    }
+    total *= job->heads;
+    starts[0] = 0;
+    for (long item = 0; item < job->heads * blocks; item++) {
+        while (thread < job->threads && done * job->threads >= total * thread) starts[thread++] = item;
+        done += work[item % blocks];
+    }
+    while (thread <= job->threads) starts[thread++] = job->heads * blocks;
+    free(work);
+}
+
+/* Memory of a thread, kept for its next call. */
+static float *scratch(size_t floats) {
+    static __thread float *kept;
+    static __thread size_t size;
+    if (size < floats) {
+        free(kept);
+        kept = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        size = kept ? floats : 0;
+    }
+    return kept;
+}
+
+/* The mask of 16 queries from q on, for one key. */
+static inline ints mask_of(const Job *job, long key, long q) {
+    ints at = ORDER + (int32_t)q;
+    if (key >= job->keys) return (ints){};
+    return (at >= job->first[key]) & (at < job->last[key]);
+}
+
+/* One block of the online softmax: scores [B][B] become weights; top and total [B], of all keys so far, go on; shrink [B] is what the sums
+ * so far are worth by the new top. */
+static void softmax_block(const Job *job, float *scores, int rows, long k0, long q0, int whole, float *top, float *total, float *shrink) {
+    float factor = job->scale * LOG2E;
+    for (int v = 0; v < VECTORS; v++) {
+        vec most = *(vec *)(top + v * LANES), sum = {};
+        for (int k = 0; k < rows; k++) {
+            vec *s = (vec *)(scores + k * B + v * LANES);
+            *s *= factor;
+            if (!whole) *s = choose(mask_of(job, k0 + k, q0 + v * LANES), *s, all(-1e30f));
+            most = larger(*s, most);
+        }
+        vec less = exp2_of(*(vec *)(top + v * LANES) - most);
+        for (int k = 0; k < rows; k++) {
+            vec *s = (vec *)(scores + k * B + v * LANES), p = exp2_of(*s - most);
+            if (!whole) p = only(mask_of(job, k0 + k, q0 + v * LANES), p);
+            sum += p;
+            *s = p;
+        }
+        *(vec *)(total + v * LANES) = *(vec *)(total + v * LANES) * less + sum;
+        *(vec *)(top + v * LANES) = most;
+        *(vec *)(shrink + v * LANES) = less;
+    }
+}
+
+/* Of the backward pass: scores become weights p, d_weights become p (d_weights - delta). lse in powers of 2. */
+static void weights_block(const Job *job, float *scores, float *d_weights, int rows, long k0, long q0, int whole, const float *lse, const float *delta) {
+    float factor = job->scale * LOG2E;
+    for (int k = 0; k < rows; k++)
+        for (int v = 0; v < VECTORS; v++) {
+            vec *s = (vec *)(scores + k * B + v * LANES), *d = (vec *)(d_weights + k * B + v * LANES);
+            vec p = exp2_of(*s * factor - *(vec *)(lse + v * LANES));
+            if (!whole) p = only(mask_of(job, k0 + k, q0 + v * LANES), p);
+            *s = p;
+            *d = p * (*d - *(vec *)(delta + v * LANES));
+        }
+}
+
+static void begin_rows(float *top, float *total) {
+    for (int q = 0; q < B; q++) top[q] = -1e30f, total[q] = 0;
+}
+
+/* Sums [width][B] become means; the log-sum-exp of each query is kept. */
+static void end_rows(const Job *job, long head, long q0, int rows, float *sums, const float *top, const float *total) {
+    for (int v = 0; v < VECTORS; v++) {
+        vec each = 1.0f / *(vec *)(total + v * LANES);
+        for (int d = 0; d < job->width; d++) *(vec *)(sums + d * B + v * LANES) *= each;
+    }
+    for (int q = 0; q < rows; q++) job->lse[head * job->queries + q0 + q] = (top[q] + log2f(total[q])) / LOG2E;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ float32 */
+
+/* c [m][n] (+)= a [m][k] b [k][n]; a's strides are free, c's and b's rows dense. n: a multiple of 16. */
+static void product(float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int m, int n, int k, int add) {
+    int i = 0;
+    for (; i + 4 <= m; i += 4) {
+        int j = 0;
+        for (; j + 4 * LANES <= n; j += 4 * LANES) {
+            vec sum[4][4];
+            for (int r = 0; r < 4; r++)
+                for (int v = 0; v < 4; v++) sum[r][v] = add ? *(vec *)(c + (i + r) * ldc + j + v * LANES) : (vec){};
+            const float *left = a + i * a_row, *right = b + j;
+            for (int l = 0; l < k; l++, left += a_column, right += ldb) {
+                vec b0 = *(vec *)right, b1 = *(vec *)(right + LANES), b2 = *(vec *)(right + 2 * LANES), b3 = *(vec *)(right + 3 * LANES);
+                for (int r = 0; r < 4; r++) {
+                    vec x = all(left[r * a_row]);
+                    sum[r][0] += x * b0, sum[r][1] += x * b1, sum[r][2] += x * b2, sum[r][3] += x * b3;
+                }
+            }
+            for (int r = 0; r < 4; r++)
+                for (int v = 0; v < 4; v++) *(vec *)(c + (i + r) * ldc + j + v * LANES) = sum[r][v];
+        }
+        for (; j < n; j += LANES) {
+            vec sum[4];
+            for (int r = 0; r < 4; r++) sum[r] = add ? *(vec *)(c + (i + r) * ldc + j) : (vec){};
+            for (int l = 0; l < k; l++)
+                for (int r = 0; r < 4; r++) sum[r] += all(a[(i + r) * a_row + l * a_column]) * *(vec *)(b + l * ldb + j);
+            for (int r = 0; r < 4; r++) *(vec *)(c + (i + r) * ldc + j) = sum[r];
+        }
+    }
+    for (; i < m; i++)
+        for (int j = 0; j < n; j += LANES) {
+            vec sum = add ? *(vec *)(c + i * ldc + j) : (vec){};
+            for (int l = 0; l < k; l++) sum += all(a[i * a_row + l * a_column]) * *(vec *)(b + l * ldb + j);
+            *(vec *)(c + i * ldc + j) = sum;
+        }
+}
+
+/* to [width][B] = from [rows][width] transposed, 0 where rows end. */
+static void transposed(float *to, const float *from, long row, int rows, int width) {
+    for (int q = 0; q < B; q++)
+        for (int d = 0; d < width; d++) to[d * B + q] = q < rows ? from[q * row + d] : 0;
+}
+
+static inline float *of(const Tensor *t, long head, long row) { return (float *)t->at + head * t->head + row * t->row; }
+
+static void forward_block(const Job *job, const Seen *seen, long head, long q0, float *own) {
+    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
+    long group = head / (job->heads / job->key_heads);
+    float *query = own, *sums = query + B * width, *scores = sums + B * width, *top = scores + B * B, *total = top + B, *shrink = total + B;
+    transposed(query, of(&job->query, head, q0), job->query.row, rows, width);
+    memset(sums, 0, B * width * sizeof(float));
+    begin_rows(top, total);
+    for (long k0 = 0; k0 < job->keys; k0 += B) {
+        Seen s = seen[k0 / B];
+        if (!sees(s, q0, q0 + rows)) continue;
+        int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
+        product(scores, B, of(&job->key, group, k0), job->key.row, 1, query, B, keys, B, width, 0);
+        softmax_block(job, scores, keys, k0, q0, whole, top, total, shrink);
+        for (int d = 0; d < width; d++)
+            for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
+        product(sums, B, of(&job->value, group, k0), 1, job->value.row, scores, B, width, B, keys, 1);
+    }
+    end_rows(job, head, q0, rows, sums, top, total);
+    for (int q = 0; q < rows; q++)
+        for (int d = 0; d < width; d++) of(&job->out, head, q0 + q)[d] = sums[d * B + q];
+}
+
+/* d_key and d_value [key_heads][keys][width] are this thread's own, without the scale in d_key. */
+static void backward_block(const Job *job, const Seen *seen, long head, long q0, float *own, float *d_key, float *d_value) {
+    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
+    long group = head / (job->heads / job->key_heads);
+    float *query = own, *grad = query + B * width, *d_query = grad + B * width;
+    float *scores = d_query + B * width, *d_weights = scores + B * B, *lse = d_weights + B * B, *delta = lse + B;
+    transposed(query, of(&job->query, head, q0), job->query.row, rows, width);
+    transposed(grad, of(&job->grad, head, q0), job->grad.row, rows, width);
+    for (int q = 0; q < B; q++) {
+        lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
+        vec sum = {};
+        for (int d = 0; q < rows && d < width; d += LANES) sum += *(vec *)(of(&job->grad, head, q0 + q) + d) * *(vec *)(of(&job->out, head, q0 + q) + d);
+        delta[q] = 0;
+        for (int lane = 0; lane < LANES; lane++) delta[q] += sum[lane];
+    }
+    memset(d_query, 0, B * width * sizeof(float));
+    for (long k0 = 0; k0 < job->keys; k0 += B) {
+        Seen s = seen[k0 / B];
+        if (!sees(s, q0, q0 + rows)) continue;
+        int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
+        float *key = of(&job->key, group, k0), *value = of(&job->value, group, k0);
+        long at = (group * job->keys + k0) * width;
+        product(scores, B, key, job->key.row, 1, query, B, keys, B, width, 0);
+        product(d_weights, B, value, job->value.row, 1, grad, B, keys, B, width, 0);
+        weights_block(job, scores, d_weights, keys, k0, q0, whole, lse, delta);
+        product(d_value + at, width, scores, B, 1, of(&job->grad, head, q0), job->grad.row, keys, width, rows, 1);
+        product(d_key + at, width, d_weights, B, 1, of(&job->query, head, q0), job->query.row, keys, width, rows, 1);
+        product(d_query, width, d_weights, 1, B, key, job->key.row, rows, width, keys, 1);
+    }
+    for (int q = 0; q < rows; q++)
+        for (int d = 0; d < width; d++) of(&job->d_query, head, q0 + q)[d] = d_query[q * width + d] * job->scale;
+}
+
+/* ------------------------------------------------------------------------------------------------- bfloat16 by matrix tiles */
+
+#ifdef TILES
+
+static inline half *half_of(const Tensor *t, long head, long row) { return (half *)t->at + head * t->head + row * t->row; }
+static inline half rounded(float x) { /* to the nearest, ties to even */
+    uint32_t bits = (union { float number; uint32_t bits; }){x}.bits;
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline vec eight_and_eight(const half *x) { return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)x)), 16); }
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} __attribute__((packed, aligned(64))) Tiles;
+
+/* All eight tiles as 16 rows of 64 bytes. The libraries beside us have their own idea of them, which `before` keeps. */
+static void take_tiles(Tiles *before) {
+    Tiles ours = {.palette = 1};
+    for (int t = 0; t < 8; t++) ours.row_bytes[t] = 64, ours.rows[t] = 16;
+    _tile_storeconfig(before);
+    _tile_loadconfig(&ours);
+}
+
+static void give_tiles_back(const Tiles *before) {
+    if (before->palette) _tile_loadconfig(before);
+    else _tile_release();
+}
+
+/* c [m][n] (+)= a [m][k] b [k][n]; pairs of b's rows are interleaved, b [k / 2][n][2]. m, n, k: multiples of 32. */
+static void tile_product(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add) {
+    for (int i = 0; i < m; i += 32)
+        for (int j = 0; j < n; j += 32) {
+            float *c00 = c + i * ldc + j, *c10 = c00 + 16 * ldc;
+            if (add) {
+                _tile_loadd(0, c00, ldc * 4);
+                _tile_loadd(1, c00 + 16, ldc * 4);
+                _tile_loadd(2, c10, ldc * 4);
+                _tile_loadd(3, c10 + 16, ldc * 4);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int l = 0; l < k; l += 32) {
+                const half *right = b + l / 2 * ldb + 2 * j;
+                _tile_loadd(4, a + i * lda + l, lda * 2);
+                _tile_loadd(5, a + (i + 16) * lda + l, lda * 2);
+                _tile_loadd(6, right, ldb * 2);
+                _tile_loadd(7, right + 32, ldb * 2);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, c00, ldc * 4);
+            _tile_stored(1, c00 + 16, ldc * 4);
+            _tile_stored(2, c10, ldc * 4);
+            _tile_stored(3, c10 + 16, ldc * 4);
+        }
+}
+
+/* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side. */
+static void pairs_across(half *to, const half *from, long row, int rows, int width) {
+    for (int q = 0; q < B; q += LANES) {
+        __mmask16 there = rows >= q + LANES ? 0xffff : rows <= q ? 0 : (1 << (rows - q)) - 1;
+        __m512i places = _mm512_mullo_epi32((__m512i)ORDER, _mm512_set1_epi32(row));
+        for (int d = 0; d < width; d += 2)
+            _mm512_storeu_si512(to + d * B + 2 * q, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, from + q * row + d, 2));
+    }
+}
+
+/* to [B / 2][width][2]: pairs of the rows of from [rows][width] interleaved. */
+static void pairs_down(half *to, const half *from, long row, int rows, int width) {
+    static const half none[1024];
+    for (int q = 0; q < B; q += 2) {
+        const half *upper = q < rows ? from + q * row : none, *lower = q + 1 < rows ? from + (q + 1) * row : none;
+        uint32_t *pairs = (uint32_t *)(to + q * width);
+        for (int d = 0; d < width; d++) pairs[d] = upper[d] | (uint32_t)lower[d] << 16;
+    }
+}
+
+/* A column of from [width][B], rounded. */
+static void put_column(half *to, const float *from, int width) {
+    __m512i places = _mm512_mullo_epi32((__m512i)ORDER, _mm512_set1_epi32(B));
+    for (int d = 0; d < width; d += LANES)
+        _mm256_storeu_si256((void *)(to + d), (__m256i)_mm512_cvtneps_pbh(_mm512_i32gather_ps(places, from + d * B, 4)));
+}
+
+/* Weights [B][B] in bfloat16, row by row. */
+static void narrowed(half *to, const float *from) {
+    for (int i = 0; i < B * B; i += 32)
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i)));
+}
+
+/* The same, pairs of rows interleaved: to [B / 2][B][2]. */
+static void narrowed_pairs(half *to, const float *from) {
+    static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i interleave = _mm512_loadu_si512(order);
+    for (int k = 0; k < B; k += 2)
+        for (int q = 0; q < B; q += LANES) {
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + (k + 1) * B + q), _mm512_loadu_ps(from + k * B + q));
+            _mm512_storeu_si512(to + k * B + 2 * q, _mm512_permutexvar_epi16(interleave, both));
+        }
+}
+
+/* Keys or values of a head, in rows [padded][width], and across, [width][B] for each block; zeros behind the last. Either may be NULL. */
+static void lay_out(half *rows, half *across, const Tensor *from, long head, const Job *job, long padded) {
+    long width = job->width;
+    for (long k0 = 0; k0 < padded; k0 += B) {
+        long there = job->keys - k0 < B ? job->keys - k0 : B;
+        const half *block = half_of(from, head, k0);
+        for (long k = 0; rows && k < B; k++) {
+            if (k < there) memcpy(rows + (k0 + k) * width, block + k * from->row, width * sizeof(half));
+            else memset(rows + (k0 + k) * width, 0, width * sizeof(half));
+        }
+        if (!across) continue;
+        half pairs[B * width] __attribute__((aligned(64)));
+        pairs_across(pairs, block, from->row, there, width);
+        for (long d = 0; d < width; d += 2)
+            for (long k = 0; k < B; k += LANES) {
+                __m512i both = _mm512_loadu_si512(pairs + d * B + 2 * k);
+                _mm256_storeu_si256((void *)(across + k0 * width + d * B + k), _mm512_cvtepi32_epi16(both));
+                _mm256_storeu_si256((void *)(across + k0 * width + (d + 1) * B + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+            }
+    }
+}
+
+static void forward_block_tiles(const Job *job, const Seen *seen, long head, long q0, const half *key, const half *value_across, float *own) {
+    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
+    float *sums = own, *scores = sums + B * width, *top = scores + B * B, *total = top + B, *shrink = total + B;
+    half *query = (half *)(shrink + B), *weights = query + B * width;
+    pairs_across(query, half_of(&job->query, head, q0), job->query.row, rows, width);
+    memset(sums, 0, B * width * sizeof(float));
+    begin_rows(top, total);
+    for (long k0 = 0; k0 < job->keys; k0 += B) {
+        Seen s = seen[k0 / B];
+        if (!sees(s, q0, q0 + rows)) continue;
+        tile_product(scores, B, key + k0 * width, width, query, 2 * B, B, B, width, 0);
+        softmax_block(job, scores, B, k0, q0, s.whole_from <= q0 && q0 + rows <= s.whole_to, top, total, shrink);
+        for (int d = 0; d < width; d++)
+            for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
+        narrowed_pairs(weights, scores);
+        tile_product(sums, B, value_across + k0 * width, B, weights, 2 * B, width, B, B, 1);
+    }
+    end_rows(job, head, q0, rows, sums, top, total);
+    for (int q = 0; q < rows; q++) put_column(half_of(&job->out, head, q0 + q), sums + q, width);
+}
+
+static void backward_block_tiles(const Job *job, const Seen *seen, long head, long q0, const half *key, const half *key_across, const half *value,
+                                 long padded, float *own, float *d_key, float *d_value) {
+    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
+    long group = head / (job->heads / job->key_heads);
+    float *d_query = own, *scores = d_query + B * width, *d_weights = scores + B * B, *lse = d_weights + B * B, *delta = lse + B;
+    half *query = (half *)(delta + B), *query_down = query + B * width, *grad = query_down + B * width, *grad_down = grad + B * width;
+    half *weights = grad_down + B * width, *pairs = weights + B * B;
+    const half *q_rows = half_of(&job->query, head, q0), *g_rows = half_of(&job->grad, head, q0);
+    pairs_across(query, q_rows, job->query.row, rows, width);
+    pairs_down(query_down, q_rows, job->query.row, rows, width);
+    pairs_across(grad, g_rows, job->grad.row, rows, width);
+    pairs_down(grad_down, g_rows, job->grad.row, rows, width);
+    for (int q = 0; q < B; q++) {
+        vec sum = {};
+        for (int d = 0; q < rows && d < width; d += LANES)
+            sum += eight_and_eight(g_rows + q * job->grad.row + d) * eight_and_eight(half_of(&job->out, head, q0 + q) + d);
+        delta[q] = _mm512_reduce_add_ps((__m512)sum);
+        lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
+    }
+    memset(d_query, 0, B * width * sizeof(float));
+    for (long k0 = 0; k0 < job->keys; k0 += B) {
+        Seen s = seen[k0 / B];
+        if (!sees(s, q0, q0 + rows)) continue;
+        long at = (group * padded + k0) * width;
+        tile_product(scores, B, key + k0 * width, width, query, 2 * B, B, B, width, 0);
+        tile_product(d_weights, B, value + k0 * width, width, grad, 2 * B, B, B, width, 0);
+        weights_block(job, scores, d_weights, B, k0, q0, s.whole_from <= q0 && q0 + rows <= s.whole_to, lse, delta);
+        narrowed(weights, scores);
+        tile_product(d_value + at, width, weights, B, grad_down, 2 * width, B, width, B, 1);
+        narrowed(weights, d_weights);
+        narrowed_pairs(pairs, d_weights);
+        tile_product(d_key + at, width, weights, B, query_down, 2 * width, B, width, B, 1);
+        tile_product(d_query, B, key_across + k0 * width, B, pairs, 2 * B, width, B, B, 1);
+    }
+    for (long i = 0; i < B * width; i += LANES) *(vec *)(d_query + i) *= job->scale;
+    for (int q = 0; q < rows; q++) put_column(half_of(&job->d_query, head, q0 + q), d_query + q, width);
+}
+
+#endif
+
+/* --------------------------------------------------------------------------------------------------------------------- calls */
+
+/* May bfloat16 go by tiles here? Linux hands them to a process that asks. */
+int has_tiles(void) {
+#ifdef TILES
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+#else
+    return 0;
+#endif
+}
+
+/* out and lse from query, key and value. 0: done; 1: no memory. */
+int forward(const Job *job, int tiles) {
+    Seen *seen = seen_by(job);
+    long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
+    int failed = !seen;
+    if (failed) return 1;
+    share_out(job, seen, starts);
+#pragma omp parallel for num_threads(job->threads) schedule(static, 1)
+    for (long thread = 0; thread < job->threads; thread++) {
+        size_t laid_out = tiles ? padded * job->width : 0; /* keys and values, half a float each */
+        float *own = scratch(laid_out + 2 * B * job->width + 2 * B * B + 4 * B);
+        if (!own) {
+            failed = 1;
+            continue;
+        }
+#ifdef TILES
+        half *key = (half *)own, *value_across = key + padded * job->width;
+        long group = -1;
+        Tiles before;
+        if (tiles) take_tiles(&before);
+#endif
+        for (long item = starts[thread]; item < starts[thread + 1]; item++) {
+            long head = item / blocks, q0 = item % blocks * B;
+#ifdef TILES
+            if (tiles) {
+                if (group != head / (job->heads / job->key_heads)) {
+                    group = head / (job->heads / job->key_heads);
+                    lay_out(key, NULL, &job->key, group, job, padded);
+                    lay_out(NULL, value_across, &job->value, group, job, padded);
+                }
+                forward_block_tiles(job, seen, head, q0, key, value_across, own + laid_out);
+                continue;
+            }
+#endif
+            forward_block(job, seen, head, q0, own);
+        }
+#ifdef TILES
+        if (tiles) give_tiles_back(&before);
+#endif
+    }
+    free(seen);
+    return failed;
+}
+
+/* d_query, d_key and d_value from all the others. sums: zeros, [threads][2][key_heads][padded][width], padded: keys up to a multiple of 64. */
+int backward(const Job *job, int tiles, float *sums) {
+    Seen *seen = seen_by(job);
+    long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
+    long stride = tiles ? padded : job->keys, each = job->key_heads * padded * job->width;
+    int failed = !seen;
+    if (failed) return 1;
+    share_out(job, seen, starts);
+#pragma omp parallel for num_threads(job->threads) schedule(static, 1)
+    for (long thread = 0; thread < job->threads; thread++) {
+        size_t laid_out = tiles ? (padded * job->width * 3 + 1) / 2 : 0;
+        float *own = scratch(laid_out + 4 * B * job->width + 3 * B * B + 4 * B), *d_key = sums + thread * 2 * each, *d_value = d_key + each;
+        if (!own) {
+            failed = 1;
+            continue;
+        }
+#ifdef TILES
+        half *key = (half *)own, *key_across = key + padded * job->width, *value = key_across + padded * job->width;
+        long group = -1;
+        Tiles before;
+        if (tiles) take_tiles(&before);
+#endif
+        for (long item = starts[thread]; item < starts[thread + 1]; item++) {
+            long head = item / blocks, q0 = item % blocks * B;
+#ifdef TILES
+            if (tiles) {
+                if (group != head / (job->heads / job->key_heads)) {
+                    group = head / (job->heads / job->key_heads);
+                    lay_out(key, key_across, &job->key, group, job, padded);
+                    lay_out(value, NULL, &job->value, group, job, padded);
+                }
+                backward_block_tiles(job, seen, head, q0, key, key_across, value, padded, own + laid_out, d_key, d_value);
+                continue;
+            }
+#endif
+            backward_block(job, seen, head, q0, own, d_key, d_value);
+        }
+#ifdef TILES
+        if (tiles) give_tiles_back(&before);
+#endif
+    }
+    free(seen);
+    if (failed) return 1;
+#pragma omp parallel for num_threads(job->threads) schedule(static)
+    for (long row = 0; row < job->key_heads * job->keys; row++) {
+        long group = row / job->keys, k = row % job->keys, at = (group * stride + k) * job->width;
+        for (int d = 0; d < job->width; d++) {
+            float dk = 0, dv = 0;
+            for (long thread = 0; thread < job->threads; thread++) dk += sums[thread * 2 * each + at + d], dv += sums[(thread * 2 + 1) * each + at + d];
+            dk *= job->scale;
+#ifdef TILES
+            if (tiles) {
+                half_of(&job->d_key, group, k)[d] = rounded(dk), half_of(&job->d_value, group, k)[d] = rounded(dv);
+                continue;
+            }
+#endif
+            of(&job->d_key, group, k)[d] = dk, of(&job->d_value, group, k)[d] = dv;
+        }
+    }
+    return 0;
+}

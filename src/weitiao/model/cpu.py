@@ -1,0 +1,226 @@
+"""A CPU's own way to attend over a trie: attention_cpu.c, built by the machine's C compiler the first time it is needed.
+
+    query, key, value ── blocks of 64 keys x 64 queries: skipped, whole, or masked ── out, log-sum-exp; their gradients
+
+Scores stay in the processor's cache, and what no query sees is skipped; float32 goes by vectors, bfloat16 by the matrix tiles
+of AMX. Where there is no compiler, where the processor has no tiles, or where what was built does not compute what it should,
+PyTorch's kernels do it, segment by segment (`attention.ByKeys`): the same numbers, later.
+
+What is built lies in weitiao's cache by the file's content, the compiler and the processor. WEITIAO_COMPILE=0 forbids it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from weitiao.data.batch import Plan
+from weitiao.model.source import cache_folder
+
+SOURCE = Path(__file__).with_name("attention_cpu.c")
+COMPILERS = ("gcc", "cc", "clang")
+# No -ffast-math: exp2_of rounds by adding a number and taking it away. -fopenmp is not for the link: its calls are answered by the
+# library whose threads torch has started.
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+BLOCK, LANES, TILE = 64, 16, 32
+# What a trial may differ by from float64, relative to the largest number.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+class NotBuilt(Exception):
+    """Why PyTorch's kernels are taken, in a sentence."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("head", ctypes.c_long), ("row", ctypes.c_long)]
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("heads", "key_heads", "queries", "keys", "width", "threads")),
+        ("scale", ctypes.c_float), ("first", ctypes.c_void_p), ("last", ctypes.c_void_p),
+        *((name, _Tensor) for name in ("query", "key", "value", "out", "grad", "d_query", "d_key", "d_value")),
+        ("lse", ctypes.c_void_p),
+    ]
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None, dropout: float,
+) -> torch.Tensor | None:
+    """query [1, heads, T, d], key and value [1, kv_heads, V + T, d] -> [1, heads, T, d]; None where this way cannot."""
+    if window is not None or dropout or not takes(query, key, value):
+        return None
+    return ByBlocks.apply(query, key, value, *_seen_by(plan, key.shape[2] - query.shape[2]), scale)
+
+
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Are these of a type and width that it computes, and is it here?"""
+    multiple = {torch.float32: LANES, torch.bfloat16: TILE}.get(query.dtype)
+    same = query.dtype is key.dtype is value.dtype and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    return multiple is not None and same and query.shape[-1] % multiple == 0 and query.shape[0] == 1 and trouble(query.dtype) is None
+
+
+@functools.cache
+def trouble(dtype: torch.dtype) -> str | None:
+    """Why PyTorch's kernels are taken for tensors of this type, in a sentence; None if they are not."""
+    try:
+        library = _library()
+    except NotBuilt as reason:
+        return str(reason)
+    if dtype is torch.bfloat16 and not library.has_tiles():
+        return "This processor has no matrix tiles for bfloat16."
+    worst = _trial(dtype)
+    if not worst <= TOLERANCES[dtype]:  # a NaN is trouble too
+        return f"What {_compiler()} made of it is off by {worst:.1g}."
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """
+    Raises:
+        NotBuilt: no compiler, or what it made cannot be loaded.
+    """
+    if os.environ.get("WEITIAO_COMPILE") == "0":
+        raise NotBuilt("WEITIAO_COMPILE=0 forbids to build it.")
+    built = _built()
+    try:
+        library = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise NotBuilt(f"What {_compiler()} built cannot be loaded: {error}.") from error
+    library.forward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int]
+    library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p]
+    library.has_tiles()  # asks for them, too
+    return library
+
+
+@functools.cache
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), *COMPILERS):
+        if name and (found := shutil.which(name)):
+            return found
+    raise NotBuilt("No C compiler is here (gcc or clang).")
+
+
+def _built() -> Path:
+    """The library, built unless it lies in the cache."""
+    compiler = _compiler()
+    version = _run([compiler, "--version"])
+    told = "\n".join((SOURCE.read_text("utf-8"), version, " ".join(FLAGS), _processor()))
+    target = cache_folder() / "built" / f"attention-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
+            _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+            _run([compiler, "-shared", str(part), "-o", str(whole), "-lm"])
+            whole.replace(target)
+    except OSError as error:
+        raise NotBuilt(f"{target.parent} cannot be written to: {error.strerror}.") from error
+    return target
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing was said"])[0]
+        raise NotBuilt(f"{command[0]} ends with {done.returncode}: {said[:200]}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native looks at: a cache may be shared by machines that differ."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8", "replace").splitlines() if info.is_file() else []
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(sorted(set(told))) or f"{platform.machine()} {platform.processor()}"
+
+
+def _trial(dtype: torch.dtype) -> float:
+    """Largest difference from float64, relative, of output and gradients: 150 queries, the second half in two branches."""
+    # Apart from whatever surrounds the first call: a plan without numbers, a checkpoint's hooks, autocast.
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), \
+            torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        last = torch.full((150,), 150, dtype=torch.int32)
+        last[75:110] = 110
+        first = torch.arange(150, dtype=torch.int32)
+        sees = (first[None] <= first[:, None]) & (first[:, None] < last[None])
+        noise = torch.Generator().manual_seed(0)
+        *inputs, cotangent = (torch.randn(1, 150, heads, 64, generator=noise).to(dtype).transpose(1, 2) for heads in (4, 2, 2, 4))
+        ours, exact = ([x.to(kind, copy=True).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+        out = ByBlocks.apply(*ours, first, last, 0.2)
+        judge = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=sees, scale=0.2, enable_gqa=True)
+        pairs = [(out.detach(), judge.detach()), *zip(torch.autograd.grad(out, ours, cotangent), torch.autograd.grad(judge, exact, cotangent.double()), strict=True)]
+        return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def _seen_by(plan: Plan, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """first, last int32 [V + T]: key k is seen by the queries first[k] <= q < last[k]."""
+    made = plan.made.get(("cpu", prefix))
+    if made is None:
+        nodes = len(plan.depth)
+        first = torch.cat([torch.zeros(prefix, dtype=torch.int32), torch.arange(nodes, dtype=torch.int32)])
+        last = torch.cat([torch.full((prefix,), nodes, dtype=torch.int32), plan.subtree_end.to(torch.int32)])
+        plan.made["cpu", prefix] = made = first, last
+    return made
+
+
+class ByBlocks(torch.autograd.Function):
+    """Attention in which key k is seen by the queries first[k] <= q < last[k], which are at least one for each query.
+
+    query [1, heads, T, d], key and value [1, kv_heads, K, d], all float32 or all bfloat16; first, last int32 [K] -> [1, heads, T, d].
+    Tensors without numbers, of which a plan is made, are given the same bytes.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, first, last, scale):
+        query, key, value = (_dense_rows(x) for x in (query, key, value))
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)  # as the projection behind it reads it
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        if not isinstance(query, FakeTensor):
+            job = _job(scale, first, last, lse, query=query, key=key, value=value, out=out)
+            if _library().forward(job, query.dtype is torch.bfloat16):
+                raise MemoryError("attention")
+        ctx.save_for_backward(query, key, value, out, lse, first, last)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, out, lse, first, last = ctx.saved_tensors
+        grad = _dense_rows(grad)
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        places = -(-key.shape[2] // BLOCK) * BLOCK
+        sums = query.new_zeros(torch.get_num_threads(), 2, key.shape[1], places, key.shape[3], dtype=torch.float32)
+        if not isinstance(query, FakeTensor):
+            job = _job(ctx.scale, first, last, lse, query=query, key=key, value=value, out=out, grad=grad,
+                       d_query=d_query, d_key=d_key, d_value=d_value)
+            if _library().backward(job, query.dtype is torch.bfloat16, sums.data_ptr()):
+                raise MemoryError("attention")
+        return d_query, d_key, d_value, None, None, None
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _job(scale: float, first: torch.Tensor, last: torch.Tensor, lse: torch.Tensor, **tensors: torch.Tensor) -> _Job:
+    query, key = tensors["query"], tensors["key"]
+    job = _Job(query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3], torch.get_num_threads(), scale,
+               first.data_ptr(), last.data_ptr())
+    for name, x in tensors.items():
+        setattr(job, name, _Tensor(x.data_ptr(), x.stride(1), x.stride(2)))
+    job.lse = lse.data_ptr()
+    return job
