@@ -121,6 +121,7 @@ class DataSettings(Group):
     cut: Literal["auto", "end", "front"] = setting("auto", "what a row longer than that loses: the end of its answer, or, before a label, the front of what was said; auto: whichever fits")
     bad_rows: Literal["skip", "refuse"] = setting("skip", "rows that cannot teach: skip and name them, or stop")
     bad_share: float = setting(0.05, "stop in any case when more than this share of the rows cannot teach", ge=0, le=1)
+    streaming: bool = setting(False, "begin to learn from the first rows while the rest is still being encoded; needs training.steps. Given up: the order is drawn in windows (4,096 rows, then 16,384, and so on by four), not over all rows, so rows sorted by topic are learned topic by topic; data.max_tokens and the findings before the run are told from the first 4,096 rows; a row that cannot be read stops the run where it stands. Kept: each row comes once before any comes twice, and the same settings take the same steps, however fast rows are encoded or wherever the run was interrupted")
     cache_gb: float = setting(20.0, "encoded rows that weitiao's cache keeps for the next run, at most; those not used for longest go first; 0: none", "GB", ge=0)
 
 
@@ -474,6 +475,7 @@ class Settings(Group):
             given = [source.share is not None for source in sources]
             if any(given) and not all(given):
                 raise ValueError(f"{name}: give every file a share, or none")
+        self._can_stream()
         self._weights_can_learn()
         if self.training.rounding != "auto" and not (isinstance(self.method, FullSettings) and self.model.dtype == "bfloat16"):
             raise ValueError("training.rounding goes with method=full and model.dtype=bfloat16, and would do nothing here")
@@ -483,6 +485,20 @@ class Settings(Group):
             raise ValueError(f"evaluation.metric={self.evaluation.metric} needs rows to measure on: give data.eval=FILE or data.eval_share=0.1, "
                              "or leave it at loss")
         return self
+
+    def _can_stream(self) -> None:
+        """What wants all rows before the first step does not go with data.streaming."""
+        if not self.data.streaming:
+            return
+        if self.training.steps is None:
+            raise ValueError("data.streaming=true needs training.steps: how many rows an epoch has is not known before all are read. "
+                             f"Rows x epochs / {self.training.batch_size} (training.batch_size) are as many steps as training.epochs would give")
+        if self.data.eval_share:
+            raise ValueError("data.streaming=true cannot set data.eval_share of the rows aside: they are drawn from all rows, which are not read yet. "
+                             "Give rows to measure on in a file of their own: data.eval=FILE")
+        if any(source.share is not None for source in self.data.train):
+            raise ValueError("data.streaming=true reads one file after the other, and data.train gives them shares of a mix of all rows. "
+                             "Leave the shares out, or data.streaming")
 
     def _one_rate_for_all(self) -> None:
         """L-BFGS takes one step for all weights together."""

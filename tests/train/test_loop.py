@@ -18,7 +18,8 @@ from weitiao import config
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.stored import TrainingRow
 from weitiao.errors import TrainingStopped
-from weitiao.train.loop import Schedule, Training, deal
+from weitiao.train import loop
+from weitiao.train.loop import Schedule, StreamedSchedule, Training, deal
 from weitiao.train.optimizer import warmup_steps
 
 
@@ -107,6 +108,59 @@ def test_what_is_due():
     assert [s for s in range(1, 7) if schedule.due("epoch", s)] == [3, 6]
     assert [s for s in range(1, 7) if schedule.due(4, s)] == [4, 6]
     assert [s for s in range(1, 7) if schedule.due("end", s)] == [6]
+
+
+class Coming:
+    """Rows of a stream: so many are there, and more come when they are asked for."""
+
+    def __init__(self, rows, there=0):
+        self.rows, self.there = rows, there
+
+    def wait(self, count):
+        self.there = max(self.there, min(count, self.rows))
+        return min(count, self.there)
+
+
+@pytest.fixture
+def short_windows(monkeypatch):
+    monkeypatch.setattr(loop, "FIRST_WINDOW", 8)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 9, 47, 100])
+def test_a_stream_gives_every_row_once_window_by_window(short_windows, rows):
+    schedule = StreamedSchedule(Coming(rows), batch_size=5, seed=7, steps=1000)
+    ahead = StreamedSchedule(Coming(rows, there=rows), batch_size=5, seed=7, steps=1000)
+    an_epoch = math.ceil(rows / 5)
+    first = np.concatenate([schedule.rows_of(step) for step in range(1, an_epoch + 1)])
+    assert sorted(first.tolist()) == list(range(rows))
+    for start, end in ((0, 8), (8, 40), (40, 168)):
+        assert sorted(first[start:end]) == list(range(start, min(end, rows))) or start >= rows
+    if rows > 40:
+        assert first[8:40].tolist() != sorted(first[8:40])
+    later = Schedule(rows, 5, 7, epochs=3)
+    for step in range(1, 3 * an_epoch + 1):
+        assert schedule.rows_of(step).tolist() == ahead.rows_of(step).tolist()
+        if step > an_epoch:
+            assert schedule.rows_of(step).tolist() == later.rows_of(step).tolist()
+
+
+def test_a_streams_epoch_ends_where_its_rows_do(short_windows):
+    schedule = StreamedSchedule(Coming(10), batch_size=4, seed=7, steps=7)
+    assert [s for s in range(1, 8) if schedule.due("epoch", s)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if schedule.due(4, s)] == [4, 7]
+    assert [s for s in range(1, 8) if schedule.due("end", s)] == [7]
+    assert [schedule.epoch(s) for s in (1, 2, 3, 6)] == [None, None, 1.0, 2.0]
+    assert [schedule.looked_at(most) for most in (1, 10)] == [1, 2]
+
+
+def test_a_step_of_a_stream_waits_for_its_window_and_the_next_row(short_windows):
+    rows = Coming(1000)
+    schedule = StreamedSchedule(rows, batch_size=4, seed=7, steps=50)
+    there = []
+    for step in (1, 2, 3):
+        schedule.rows_of(step)
+        there.append(rows.there)
+    assert there == [8, 9, 40]
 
 
 def test_warmup_is_a_share_below_one_and_steps_from_one_on():

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 LEAST_BYTES = 1 << 20  # of the rows' files: less is encoded before it is found
 # Settings that say nothing of the rows' ids, or are told otherwise.
-ELSEWHERE = {"train", "eval", "eval_share", "template", "max_tokens", "cache_gb"}
+ELSEWHERE = {"train", "eval", "eval_share", "template", "max_tokens", "cache_gb", "streaming"}
 PACKAGES = ("transformers", "tokenizers", "jinja2")
 BLOCK = 1 << 24  # bytes that are checked in one go
 
@@ -68,12 +68,12 @@ class Cache:
             return load(sources, settings, template, model_limit, vocabulary, seed, max_tokens, task=task, labels=labels,
                         survey=survey, folder=folder, **how)
 
-        if not self.most or not asked.can_be_told():
+        if not self._can_keep(asked):
             return made(survey)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone(asked.key):
-                data, noted = self._find(asked, survey is not None) or self._make(asked, survey, made)
+                data, noted = self._find(asked.key, asked.names, survey is not None) or self._make(asked, survey, made)
         except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
             self._cannot_keep(error)
             return made(survey)
@@ -82,21 +82,61 @@ class Cache:
             survey.merge(noted)
         return data
 
+    def _can_keep(self, asked: Asked) -> bool:
+        return self.most > 0 and asked.can_be_told()
+
     def _cannot_keep(self, error: Exception) -> None:
         self.notify(f"Encoded rows cannot be kept for the next run: {error}. This one goes on without.")
 
+    # ---------------------------------------------------------------------- for rows that are encoded beside something else
+
+    def place(self) -> str | None:
+        """A folder that lies on a disk, for files of a while; None if it cannot be had."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return str(self.folder)
+        except OSError:
+            return None
+
+    def find(self, asked: Asked, max_tokens: int, task: str) -> Dataset | None:
+        """The rows asked for, cut to so many tokens, if they are here; nobody is waited for."""
+        found = self._find(asked.key_with(max_tokens, task), asked.names, surveyed=False) if self._can_keep(asked) else None
+        return found and found[0]
+
+    @contextlib.contextmanager
+    def beside(self, asked: Asked) -> Iterator[Path | None]:
+        """A folder to gather these rows in, for `keep`; None where they are kept already, or encoded by another process, or not to be kept."""
+        with contextlib.ExitStack() as stack:
+            staging = None
+            try:
+                if self._can_keep(asked) and not (self.folder / asked.key).is_dir():
+                    stack.enter_context(FileLock(self._lock(asked.key), timeout=0))
+                    staging = stack.enter_context(self._staging(asked))
+            except (Timeout, OSError, NotImplementedError):
+                staging = None
+            yield staging
+
+    def keep(self, asked: Asked, data: Dataset, noted: Survey | None, staging: Path) -> None:
+        """What was gathered there becomes an entry, as if `load` had made it."""
+        if not asked.is_unchanged():
+            return
+        try:
+            self._keep(asked, data, noted, staging)
+        except OSError as error:
+            self._cannot_keep(error)
+
     # ---------------------------------------------------------------------------------------------- finding
 
-    def _find(self, asked: Asked, surveyed: bool) -> tuple[Dataset, Survey | None] | None:
-        entry = self.folder / asked.key
+    def _find(self, key: str, names: Sequence[str], surveyed: bool) -> tuple[Dataset, Survey | None] | None:
+        entry = self.folder / key
         try:
             if not entry.is_dir():
-                entry = self.folder / (self.folder / f"{asked.key}.same").read_text("ascii")
+                entry = self.folder / (self.folder / f"{key}.same").read_text("ascii")
             facts = _read_facts(entry / "facts")
             if surveyed and not facts["survey"]:
                 return None
             arrays = {name: _whole(entry / name, **told) for name, told in facts["arrays"].items()}
-            found = _from_facts(facts, arrays, asked.names)
+            found = _from_facts(facts, arrays, names)
             os.utime(entry / "facts")
             return found
         except (OSError, ValueError, KeyError, TypeError, IndexError):
@@ -105,19 +145,20 @@ class Cache:
     # ---------------------------------------------------------------------------------------------- making
 
     def _make(self, asked: Asked, survey: Survey | None, made: Callable[..., Dataset]) -> tuple[Dataset, Survey | None]:
+        with self._staging(asked) as staging:
+            noted = None if survey is None else Survey(survey.facts)
+            data = made(noted, staging)
+            self.keep(asked, data, noted, staging)
+            return data, noted
+
+    @contextlib.contextmanager
+    def _staging(self, asked: Asked) -> Iterator[Path]:
         for leftover in self.folder.glob(f"{asked.key}.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         staging = self.folder / f"{asked.key}.partial-{os.getpid()}"
         staging.mkdir()
         try:
-            noted = None if survey is None else Survey(survey.facts)
-            data = made(noted, staging)
-            if asked.is_unchanged():
-                try:
-                    self._keep(asked, data, noted, staging)
-                except OSError as error:
-                    self._cannot_keep(error)
-            return data, noted
+            yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)  # what is mapped from it stays
 
@@ -157,7 +198,7 @@ class Cache:
     @contextlib.contextmanager
     def _alone(self, key: str) -> Iterator[None]:
         """Of several runs, or processes of one, that want the same rows, one encodes them. The lock ends with its process."""
-        lock = FileLock(self.folder / f"{key[:2]}.lock")
+        lock = FileLock(self._lock(key))
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -167,6 +208,9 @@ class Cache:
             yield
         finally:
             lock.release()
+
+    def _lock(self, key: str) -> Path:
+        return self.folder / f"{key[:2]}.lock"
 
 
 # ------------------------------------------------------------------------------------------------ what rows are made of

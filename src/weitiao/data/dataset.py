@@ -100,32 +100,69 @@ def load(
         RowError: nothing can be learned from any row, too many rows cannot teach, or an id is outside the embedding.
     """
     mixed = Mixed(sources, settings, seed, rows)
-    labels = labels or _labels(task, mixed, settings, template, words)
-    if survey is not None:
-        mixed.show_first(survey)
-    parts = _parts(mixed, Encoder(settings, template, model_limit, labels, survey.another() if survey is not None else None), workers)
-    first = list(islice(parts, 1))  # processes begin before a bar does: its thread is no company for a fork
+    labels = labels or labels_in(task, mixed, settings, template, words)
+    encoding = Encoding.of(mixed, settings, template, model_limit, vocabulary, labels, survey, workers)
+    first = list(islice(encoding.parts, 1))  # processes begin before a bar does: its thread is no company for a fork
     read = Gathered(folder)
-    for _ in progress(_gathered(read, chain(first, parts), survey), "Reading rows"):
+    for _ in progress(_gathered(read, chain(first, encoding.parts), survey), "Reading rows"):
         pass
-    longest = longest_turns(read, labels)
-    limit = min(max_tokens or settings.max_tokens or usual_length(longest, labels is not None), model_limit)
-    fitted = fit(read, longest, limit, labels, template, settings.cut)
-    found = StoredRows.all(fitted.columns | read.long_columns(), list(read.files))
-    refuse_outside(found, vocabulary)
-    skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
-    _refuse_if_too_many(skipped, read.rows, settings)
-    if not len(found):
-        raise RowError(f"Nothing can be learned from any of the {read.rows} rows: each has a weight of 0.",
-                       f"Expected weights above 0 in the column {settings.weight_column!r}.")
-    return Dataset(found, skipped, limit, fitted.cut, labels)
+    data = encoding.dataset(read, max_tokens)
+    encoding.refuse_idle(data, read.rows)
+    return data
 
 
-def _parts(mixed: Mixed, encoder: Encoder, workers: int | None) -> Iterator[Part]:
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """Rows on their way through the encoder: the parts as they come, and what they are made of."""
+
+    settings: DataSettings
+    template: Template
+    model_limit: int
+    vocabulary: int
+    labels: Labels | None
+    parts: Iterator[Part]
+
+    @classmethod
+    def of(
+        cls, mixed: Mixed, settings: DataSettings, template: Template, model_limit: int, vocabulary: int, labels: Labels | None,
+        survey: Survey | None, workers: int | None = None, beside: bool = False,
+    ) -> Encoding:
+        """survey: is shown the first rows; notes of all come with the parts. beside: while something else goes on."""
+        if survey is not None:
+            mixed.show_first(survey)
+        encoder = Encoder(settings, template, model_limit, labels, survey.another() if survey is not None else None)
+        return cls(settings, template, model_limit, vocabulary, labels, _parts(mixed, encoder, workers, beside))
+
+    def dataset(self, read: Gathered, max_tokens: int | None = None) -> Dataset:
+        """What was gathered, cut to the longest row in force.
+
+        Raises:
+            RowError: an id is outside the embedding.
+        """
+        longest = longest_turns(read, self.labels)
+        limit = min(max_tokens or self.settings.max_tokens or usual_length(longest, self.labels is not None), self.model_limit)
+        fitted = fit(read, longest, limit, self.labels, self.template, self.settings.cut)
+        found = StoredRows.all(fitted.columns | read.long_columns(), list(read.files))
+        refuse_outside(found, self.vocabulary)
+        skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
+        return Dataset(found, skipped, limit, fitted.cut, self.labels)
+
+    def refuse_idle(self, data: Dataset, rows: int) -> None:
+        """
+        Raises:
+            RowError: nothing can be learned from these rows, or too many of them cannot teach.
+        """
+        refuse_if_too_many(data.skipped, rows, self.settings)
+        if not len(data):
+            raise RowError(f"Nothing can be learned from any of the {rows} rows: each has a weight of 0.",
+                           f"Expected weights above 0 in the column {self.settings.weight_column!r}.")
+
+
+def _parts(mixed: Mixed, encoder: Encoder, workers: int | None, beside: bool) -> Iterator[Part]:
     chunks = mixed.chunks()
     first = list(islice(chunks, FEW // CHUNK))
     few = len(first) < FEW // CHUNK
-    return in_order(chain(first, chunks), encoder, workers or (1 if few else usual_workers()))
+    return in_order(chain(first, chunks), encoder, workers or (1 if few else usual_workers()), beside)
 
 
 def _gathered(read: Gathered, parts: Iterator[Part], survey: Survey | None) -> Iterator[None]:
@@ -226,7 +263,7 @@ def name_label(row: Row, names: dict[int, str] | None) -> Row:
 # ------------------------------------------------------------------------------------------------- learned as what, how long
 
 
-def _labels(task: str, mixed: Mixed, settings: DataSettings, template: Template, words: Sequence[str] = ()) -> Labels | None:
+def labels_in(task: str, mixed: Mixed, settings: DataSettings, template: Template, words: Sequence[str] = ()) -> Labels | None:
     """What rows are classified as, if they are: asked for, or all of them text and label.
 
     Raises:
@@ -292,8 +329,12 @@ def refuse_outside(found: StoredRows, vocabulary: int) -> None:
         )
 
 
-def _refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSettings) -> None:
-    if not skipped:
+def refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSettings) -> None:
+    """
+    Raises:
+        RowError: too many rows cannot teach, by data.bad_rows and data.bad_share.
+    """
+    if not skipped or (settings.bad_rows == "skip" and len(skipped) <= settings.bad_share * rows and len(skipped) < rows):
         return
     listing = skipped_summary(skipped)
     if len(skipped) == rows:

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -125,14 +126,19 @@ class StoredRows(Sequence[TrainingRow]):
 
     def digest(self) -> str:
         """sha256 of each path's ids, then its weights, in order."""
-        told, ids = hashlib.sha256(), self.columns["ids"]
+        told = hashlib.sha256()
+        self.tell(told)
+        return told.hexdigest()
+
+    def tell(self, told: Any) -> None:
+        """The same to a hash that has been told other rows before."""
+        ids = self.columns["ids"]
         paths = (self.columns[name][self.path_numbers].tolist() for name in ("begin", "end", "start", "weight"))
         for begin, end, start, weight in zip(*paths, strict=True):
             weights = np.zeros(end - begin, np.float32)
             weights[start:] = weight
             told.update(ids[begin:end])
             told.update(weights)
-        return told.hexdigest()
 
     def first_outside(self, vocabulary: int) -> tuple[str, int] | None:
         """(where the first row stands that has an id of `vocabulary` or more, its highest id)"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from weitiao.errors import SourceError
 
 MOST_WORKERS = 8
+BEHIND = 10  # how nice a process is that works beside a training
 
 
 def usual_workers() -> int:
@@ -23,8 +25,11 @@ def usual_workers() -> int:
     return min(cores, MOST_WORKERS)
 
 
-def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], workers: int) -> Iterator[Any]:
+def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], workers: int, beside: bool = False) -> Iterator[Any]:
     """`work` of each chunk's items, in the order of the chunks. No more chunks are read than the processes are about to take.
+
+    Args:
+        beside: something else goes on meanwhile. The processes take what it leaves of the cores, and Ctrl-C is not for them.
 
     Raises:
         SourceError: a process was ended from outside.
@@ -34,7 +39,7 @@ def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], worker
         return
     # A fork has the tokenizer at once; elsewhere it is sent to each process as it starts.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work, beside)) as pool:
         waiting: deque[Any] = deque()
         try:
             for chunk in chunks:
@@ -51,8 +56,12 @@ def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], worker
                 one.cancel()
 
 
-def _begin(work: Callable[..., Any]) -> None:
+def _begin(work: Callable[..., Any], beside: bool) -> None:
     global _work_of_all
+    if beside:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(os, "nice"):
+            os.nice(BEHIND)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     gc.freeze()  # nor does each go through, and so copy, what they share of the memory
     gc.set_threshold(100_000)  # a chunk's objects are many and no rings

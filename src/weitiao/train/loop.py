@@ -12,10 +12,11 @@ the steps that it would have made.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from weitiao.config import Settings
+from weitiao.config import Settings, TrainingSettings
 from weitiao.data.stored import TrainingRow
+from weitiao.data.streamed import Streamed
 from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
-from weitiao.errors import RunError, TrainingStopped
+from weitiao.errors import RowError, RunError, SourceError, TrainingStopped
 from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
 from weitiao.train.ahead import Ahead
@@ -44,6 +46,7 @@ from weitiao.train.stepping import ByWeight, paged_again
 from weitiao.trie import Example
 
 ENCODER = "encoder.safetensors"  # of a checkpoint: what training needs to go on and use does not
+FIRST_WINDOW, GROWTH = 4096, 4  # rows of a stream that are shuffled together at first; how many times as many the next time
 MOST_SKIPPED = 20  # steps in a row; the scale of the loss begins at 65,536 and has then been halved to below 1
 
 
@@ -80,6 +83,91 @@ class Schedule:
             return step == self.steps
         return step % (self.steps_per_epoch if every == "epoch" else every) == 0
 
+    def looked_at(self, most: int) -> int:
+        """How many of the first steps tell of all, at most so many: those of the first epoch."""
+        return min(most, self.steps_per_epoch, self.steps)
+
+    def rows_behind(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of this step tells of the rows, beside the run folder, which tells of all."""
+        return {}
+
+
+@dataclass(frozen=True)
+class StreamedSchedule:
+    """The same for rows that are still being encoded: how many there are shows when the first epoch ends.
+
+    In the first epoch rows are shuffled in windows, each four times as long as the one before, and a step waits for the windows
+    that it takes rows from. Later epochs are as of any rows.
+    """
+
+    rows: Streamed
+    batch_size: int
+    seed: int
+    steps: int
+
+    def _whole(self, step: int) -> Schedule | None:
+        """Of all rows; None if they go on behind this step."""
+        taken = step * self.batch_size
+        there = self.rows.wait(taken + 1)
+        return Schedule(there, self.batch_size, self.seed, 1.0, self.steps) if there <= taken else None
+
+    def epoch(self, step: int) -> float | None:
+        """None within the first."""
+        whole = self._whole(step)
+        return whole and whole.epoch(step)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """
+        Raises:
+            WeitiaoError: rows that this step or the question for the epoch's end would want cannot be read.
+        """
+        whole = self._whole(step)
+        if whole and step > whole.steps_per_epoch:
+            return whole.rows_of(step)
+        place, stop = (step - 1) * self.batch_size, min(step * self.batch_size, whole.rows if whole else math.inf)
+        found = []
+        for number, start, end in self._windows(int(stop)):
+            if place < end:
+                order = _window_order(end - start, self.seed, number)
+                found.append(start + order[max(place - start, 0) : int(stop) - start])
+        return np.concatenate(found)
+
+    def _windows(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """(number, first row, one past the last) of those that hold the first `count` rows."""
+        start, size = 0, FIRST_WINDOW
+        for number in itertools.count():
+            if start >= count:
+                return
+            end = self.rows.wait(start + size)
+            yield number, start, end
+            start, size = end, size * GROWTH
+
+    def due(self, every: str | int, step: int) -> bool:
+        if every == "epoch" and step != self.steps:
+            whole = self._whole(step)
+            return whole is not None and whole.due(every, step)
+        return Schedule(1, self.batch_size, self.seed, 1.0, self.steps).due(every, step)
+
+    def looked_at(self, most: int) -> int:
+        """Those of the first window."""
+        return max(1, min(most, FIRST_WINDOW // self.batch_size, self.steps))
+
+    def rows_behind(self, step: int) -> dict[str, Any]:
+        """By how many rows, and which, the steps so far were decided."""
+        *_, (_, _, end) = self._windows(self.rows.wait(step * self.batch_size))
+        return {"rows": end, "rows_digest": self.rows.digest(end)}
+
+
+def schedule_for(rows: Sequence[TrainingRow] | Streamed, training: TrainingSettings) -> Schedule | StreamedSchedule:
+    if isinstance(rows, Streamed):
+        return StreamedSchedule(rows, training.batch_size, training.seed, training.steps)
+    return Schedule(len(rows), training.batch_size, training.seed, training.epochs, training.steps)
+
+
+@functools.lru_cache(maxsize=2)
+def _window_order(rows: int, seed: int, window: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, window]).permutation(rows)
+
 
 @functools.lru_cache(maxsize=2)  # of a million rows it takes longer to draw than their trie to build
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -115,7 +203,7 @@ class Training:
     method: Method
     base: str
     template: Template
-    rows: Sequence[TrainingRow]
+    rows: Sequence[TrainingRow] | Streamed
     eval_rows: Sequence[TrainingRow]
     accelerator: Any
     layout: str
@@ -130,7 +218,7 @@ class Training:
 
     def __post_init__(self) -> None:
         training = self.settings.training
-        self.schedule = Schedule(len(self.rows), training.batch_size, training.seed, training.epochs, training.steps)
+        self.schedule = schedule_for(self.rows, training)
         self.plain_model = self.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.by_weight = ByWeight.of(self.settings)
@@ -152,7 +240,14 @@ class Training:
         self.model.train()
         last = last or self.schedule.steps
         with Ahead(self._work_of, last) as work_of:
-            return self._steps(last, work_of)
+            try:
+                return self._steps(last, work_of)
+            except (RowError, SourceError) as error:  # of a stream, and met before the step that wants its rows
+                if not isinstance(self.rows, Streamed) or not self.step:
+                    raise
+                self.save()
+                raise type(error)(f"After step {self.step}: {error.found}", error.expected,
+                                  f"{error.next_step}\nThen go on: weitiao train {self.run.path} --resume" if self.run else error.next_step) from error
 
     def _steps(self, last: int, work_of: Callable[[int], Work]) -> bool:
         for step in range(self.step + 1, last + 1):
@@ -204,7 +299,7 @@ class Training:
         self._forget_gradients()
         self.step = step
         line = {
-            "step": step, "epoch": round(self.schedule.epoch(step), 6), "loss": loss, "learning_rate": rate,
+            "step": step, "epoch": self._epoch(step), "loss": loss, "learning_rate": rate,
             "grad_norm": norm if math.isfinite(norm) else None, **({"skipped": True} if self.skipped else {}),
             "rows": len(indices), "tokens": sum(len(e) for e in examples),
             "nodes": sum(b["input_ids"].numel() for b in passes),
@@ -293,6 +388,10 @@ class Training:
     def _passes(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         return make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device, virtual_places(self.plain_model))
 
+    def _epoch(self, step: int) -> float | None:
+        epoch = self.schedule.epoch(step)
+        return None if epoch is None else round(epoch, 6)
+
     def _should_stop(self) -> bool:
         """Has any process been asked to stop? All of them must agree on the step."""
         if self.world == 1:
@@ -320,7 +419,7 @@ class Training:
     def evaluate(self) -> dict[str, Any]:
         """Measure the rows set aside, and remember the best step."""
         settings = self.settings.evaluation
-        line: dict[str, Any] = {"step": self.step, "epoch": round(self.schedule.epoch(self.step), 6)}
+        line: dict[str, Any] = {"step": self.step, "epoch": self._epoch(self.step)}
         common = (self.layout, self.budget, self.template.pad_id, self.accelerator.device, self.accelerator.autocast,
                   self.rank, self.world, lambda t: self.accelerator.reduce(t, reduction="sum"))
         # Not through DDP: its forward would wait for processes that have no pass to measure.
@@ -401,7 +500,7 @@ class Training:
         if self.accelerator.scaler is not None:
             state |= {"scaler": self.accelerator.scaler.state_dict(), "skipped": self.skipped}
         torch.save(state, folder / "trainer.pt")
-        write_text(folder / "progress.json", json.dumps({"step": self.step, "best": self.best}))
+        write_text(folder / "progress.json", json.dumps({"step": self.step, "best": self.best} | self.schedule.rows_behind(self.step)))
 
     def _refuse_unsound_weights(self) -> None:
         for name, parameter in self.plain_model.named_parameters():
@@ -425,6 +524,9 @@ class Training:
             self.accelerator.scaler.load_state_dict(state["scaler"])
             self.skipped = state["skipped"]
         progress = checkpoint.progress()
+        if any(progress[name] != value for name, value in self.schedule.rows_behind(progress["step"]).items()):
+            raise RunError(f"The first {progress['rows']:,} rows are not those that {checkpoint.path} was reached with.",
+                           "Expected the same files, unchanged so far, and the same tokenizer.", "Bring them back, or begin a new run.")
         self.step, self.best = progress["step"], progress["best"]
         self.saved_step = self.step
 

@@ -24,6 +24,7 @@ from weitiao import __version__
 from weitiao.config import DataSettings, Settings, Source
 from weitiao.data.dataset import Dataset
 from weitiao.data.packing import trie_passes
+from weitiao.data.streamed import Streamed, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
@@ -38,7 +39,7 @@ from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.check import Report, cache_of, eval_settings, report, room_and_vocabulary, show_brief
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
-from weitiao.train.loop import Schedule, Training
+from weitiao.train.loop import Schedule, StreamedSchedule, Training, schedule_for
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unfit
 from weitiao.train.proof import Proof, compare, prove
@@ -51,7 +52,7 @@ PRECISION_NAMES = {dtype: name for name, dtype in loading.PRECISIONS.items()}
 
 @dataclass(eq=False)
 class Job:
-    """All that a run needs before its first step."""
+    """All that a run needs before its first step. stream: all rows, where they are still being encoded; `data` is the first of them then."""
 
     settings: Settings
     base: Path
@@ -68,6 +69,12 @@ class Job:
     planned: Plan | None
     meter: memory.Meter
     liger: kernels.Fused | None = None
+    stream: Streamed | None = None
+
+    @property
+    def rows(self) -> Any:
+        """Those that steps learn from, by number."""
+        return self.stream or self.data.rows
 
     @property
     def base_name(self) -> str:
@@ -89,16 +96,17 @@ def train(settings: Settings, screen: Screen | None = None, show_model: bool = F
         RunFolder.refuse_taken(path)
     if show_model:
         show_tree(job.model, screen)
-    show_job(job, screen)
-    settled, proof = settle(job, screen)
-    # What depends on this process (the free name, the free memory) is the first one's say for all.
-    path, job.settings = broadcast_object_list([path, settled])
-    with claim(job, path) as run:
-        if job.accelerator.is_main_process:
-            write_facts(run, job, proof)
-            run.start(job.settings)
-        job.accelerator.wait_for_everyone()
-        return carry_out(job, run, None, screen)
+    with encoding_beside(job, screen):
+        show_job(job, screen)
+        settled, proof = settle(job, screen)
+        # What depends on this process (the free name, the free memory) is the first one's say for all.
+        path, job.settings = broadcast_object_list([path, settled])
+        with claim(job, path) as run:
+            if job.accelerator.is_main_process:
+                write_facts(run, job, proof)
+                run.start(job.settings)
+            job.accelerator.wait_for_everyone()
+            return carry_out(job, run, None, screen)
 
 
 def resume(path: Path, screen: Screen | None = None) -> RunFolder:
@@ -111,7 +119,7 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
         checkpoint = run.newest_whole(lambda text: screen.tell(text, style="yellow"))
         job = prepare(run.settings(), screen)
         refuse_other_rows(run, job)
-        schedule = schedule_of(job)
+        schedule = schedule_of(job)  # its steps are known, however many rows are
         if checkpoint and checkpoint.step >= schedule.steps and (run.path / "summary.json").is_file():
             screen.tell(f"{path} is finished: {schedule.steps} of {schedule.steps} steps are done.")
             return run
@@ -121,7 +129,13 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
             run.cut_metrics(step)
             run.forget_after(step)
         job.accelerator.wait_for_everyone()
-        return carry_out(job, run, checkpoint, screen)
+        with encoding_beside(job, screen):
+            return carry_out(job, run, checkpoint, screen)
+
+
+def encoding_beside(job: Job, screen: Screen) -> contextlib.AbstractContextManager[None]:
+    """In here the rest of a stream is encoded, while other things are done."""
+    return job.stream.encoding_beside(screen.tell) if job.stream else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- before the first step
@@ -133,13 +147,16 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     method = METHODS[settings.method.name]
     accelerator = make_accelerator(settings)
     stepping.refuse_unfit(settings, loading.run_dtype(settings, method.TRAINS_ALL), accelerator.num_processes)
+    if settings.data.streaming and accelerator.num_processes > 1:
+        raise SettingError(f"data.streaming=true reads rows in one process, and there are {accelerator.num_processes}.", "Expected one process.",
+                           "Leave data.streaming out: one process encodes all rows, and the others find them in the cache.")
     base = model_folder(settings.model, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
     kernels.refuse_unfit(settings.training.kernels, model_config, accelerator.device)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
     method = method_of(settings, template.tokenizer)
-    data, eval_data, checked = read_rows(settings, method, template, model_config, screen)
+    data, stream, eval_data, checked = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
     subject = Subject(settings, model_config, data.rows.paths, template.tokenizer, method)
@@ -164,7 +181,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
         loading.checkpoint_activations(model)
-    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter, liger)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter, liger, stream)
 
 
 def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | None = None) -> Plan | None:
@@ -226,14 +243,17 @@ def accelerator_for(compute: torch.dtype, cpu: bool) -> Any:
 
 def read_rows(
     settings: Settings, method: Method, template: Template, model_config: Any, screen: Screen,
-) -> tuple[Dataset, Dataset, Report]:
-    """(rows to learn from, rows to measure on, what is to be said of them and of the settings)"""
+) -> tuple[Dataset, Streamed | None, Dataset, Report]:
+    """(rows to learn from, or the first of a stream; the stream; rows to measure on; what is to be said of them and of the settings)"""
     room, vocabulary = room_and_vocabulary(settings, method, template, model_config)
     samples.refuse_too_long(settings, template, room)
     facts = (template, room, vocabulary, settings.training.seed)
     survey, measured = Survey(Facts.of(settings.data, template, vocabulary)), None
-    cache = cache_of(settings.data, screen)
-    data = cache.load(settings.data.train, settings.data, *facts, progress=screen.progress, task=settings.task, survey=survey)
+    cache, stream = cache_of(settings.data, screen), None
+    if settings.data.streaming:
+        data, stream = begin(cache, settings.data.train, settings.data, *facts, settings.task, survey)
+    else:
+        data = cache.load(settings.data.train, settings.data, *facts, progress=screen.progress, task=settings.task, survey=survey)
     refuse_idle(settings, data)
     if data.labels and settings.samples.prompts:
         raise SettingError("samples.prompts are answered in words, and this run tells labels: all its rows are text and label.",
@@ -245,10 +265,10 @@ def read_rows(
         measured = Survey(Facts.of(counted, template, vocabulary))
         eval_data = cache.load(settings.data.eval, counted, *facts, max_tokens=data.max_tokens, progress=screen.progress,
                                task=task_of(data), labels=data.labels, survey=measured)
-    checked = report(settings, survey, measured, template, room, setting_findings(settings, template, model_config, len(data)))
+    checked = report(settings, survey, measured, template, room, setting_findings(settings, template, model_config, None if stream else len(data)))
     if not settings.data.eval and settings.data.eval_share and len(data) > 1:
         data, eval_data = data.split(settings.data.eval_share, settings.training.seed)
-    return data, eval_data, checked
+    return data, stream, eval_data, checked
 
 
 def task_of(data: Dataset) -> str:
@@ -356,7 +376,7 @@ def prove_kernels(job: Job, screen: Screen) -> None:
 
 
 def first_rows(job: Job) -> list[Example]:
-    return [e for i in schedule_of(job).rows_of(1) for e in job.data.rows[i].examples]
+    return [e for i in schedule_of(job).rows_of(1) for e in job.rows[i].examples]
 
 
 def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
@@ -403,9 +423,8 @@ def default_name(settings: Settings) -> str:
     return "-".join([stem(settings.data.train[0].path), settings.method.name, model.removesuffix(".gguf")])
 
 
-def schedule_of(job: Job) -> Schedule:
-    training = job.settings.training
-    return Schedule(len(job.data), training.batch_size, training.seed, training.epochs, training.steps)
+def schedule_of(job: Job) -> Schedule | StreamedSchedule:
+    return schedule_for(job.rows, job.settings.training)
 
 
 def is_first_process() -> bool:
@@ -426,6 +445,7 @@ def show_job(job: Job, screen: Screen) -> None:
     held = loading.weight_dtype(settings.model.dtype, job.method.TRAINS_ALL, job.compute)
     # Half weights under fp32 have no autocast: they multiply as they are held.
     computed = held if job.compute is torch.float32 and settings.model.quantize == "none" else job.compute
+    batch = _count(min(settings.training.batch_size, len(job.data)), "row")
     rows: list[tuple[str, Any]] = [
         ("model", f"{settings.model.name}, weights in {quantize.describe(settings.model, held)}, computed in {str(computed)[6:]}"),
         ("method", f"{settings.method.name}, learning rate {settings.learning_rate:g}"),
@@ -434,11 +454,13 @@ def show_job(job: Job, screen: Screen) -> None:
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
                    f"rows of up to {job.data.max_tokens:,}"),
         ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens, 1 / {tokens / nodes:.2f} (first {_count(steps, 'step')})"),
-        ("steps", f"{schedule.steps:,}, each of {_count(min(settings.training.batch_size, len(job.data)), 'row')}; "
-                  f"{schedule.steps / schedule.steps_per_epoch:.3g} times through all rows"),
+        ("steps", f"{schedule.steps:,}, each of {batch}" + ("" if job.stream else f"; {schedule.steps / schedule.steps_per_epoch:.3g} times through all rows")),
     ]
     if job.data.labels:
         rows.insert(4, ("labels", class_shares(job.data)))
+    if job.stream:
+        rows.append(("streaming", "rows and tokens are those of the first block; the others are encoded while these are learned. Findings, the longest row "
+                                  "and the plan of the memory are told from it, too: weitiao check reads all rows"))
     if settings.tokens.add:
         rows.insert(2, ("new tokens", ", ".join(settings.tokens.add)))
     screen.table("", rows)
@@ -469,12 +491,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def sharing(job: Job, schedule: Schedule, most_steps: int = 10) -> tuple[int, int, int]:
+def sharing(job: Job, schedule: Schedule | StreamedSchedule, most_steps: int = 10) -> tuple[int, int, int]:
     """(nodes, tokens, steps looked at): what the trie saves in the first steps."""
-    steps = min(most_steps, schedule.steps_per_epoch, schedule.steps)
+    steps = schedule.looked_at(most_steps)
     nodes = tokens = 0
     for step in range(1, steps + 1):
-        examples = [e for i in schedule.rows_of(step) for e in job.data.rows[i].examples]
+        examples = [e for i in schedule.rows_of(step) for e in job.rows[i].examples]
         nodes += sum(len(trie) for trie in trie_passes(examples, 1 << 40))
         tokens += sum(len(e) for e in examples)
     return nodes, tokens, steps
@@ -513,12 +535,16 @@ def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
         "fingerprint": job.data.fingerprint(), "eval_rows": len(job.eval_data),
         "eval_fingerprint": job.eval_data.fingerprint(),
         "labels": job.data.labels.as_dict() if job.data.labels else None,
-        "skipped": [{"where": s.where, "reason": s.reason} for s in job.data.skipped],
+        "skipped": skipped(job.data),
     })
     if job.planned:
         run.write_json("plan.json", {"predicted": job.planned.as_dict()})
     run.write_json("check.json", job.report.as_dict())
     run.write_json("proof.json", proof.as_dict() if proof else {"passed": None, "reason": job.obstacle or "training.layout=padded"})
+
+
+def skipped(rows: Dataset | Streamed) -> list[dict[str, str]]:
+    return [{"where": s.where, "reason": s.reason} for s in rows.skipped]
 
 
 def environment(job: Job) -> dict[str, Any]:
@@ -552,7 +578,7 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     try:
         with interruptible(screen) as signals, job.meter.part("steps"):
             training = Training(
-                settings, run, job.model, job.method, job.base_name, job.template, job.data.rows, job.eval_data.rows,
+                settings, run, job.model, job.method, job.base_name, job.template, job.rows, job.eval_data.rows,
                 job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
                 stop_requested=lambda: bool(signals), labels=job.data.labels,
             )
@@ -602,6 +628,8 @@ def finish(run: RunFolder, job: Job, training: Training, line: StepLine) -> None
         "speeds": {k: round(v, 2) for k, v in line.speeds().items()},
         "peak_memory_bytes": memory.peak(job.accelerator.device),
     })
+    if job.stream:
+        run.write_json("data.json", run.read_json("data.json") | {"skipped": skipped(job.stream), "streamed": {"read": job.stream.read, "whole": job.stream.whole}})
     if job.planned:
         run.write_json("plan.json", {"predicted": job.planned.as_dict(), "measured": measured(job, line)})
     draw(metrics, run.path / "loss.png")
@@ -635,6 +663,8 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
         rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))
     rows.append(("run folder", str(run.path)))
     screen.table("", rows)
+    if job.stream and not job.stream.whole:
+        screen.tell(job.stream.told())
     rows_to_measure = "" if len(job.eval_data) else " --data OTHER_ROWS.jsonl"
     merge = "" if job.method.why_not_merged(job.model) else f"\nMerge it:     weitiao merge {run.path}"
     use = f"Try it:       weitiao generate {run.path} --prompt \"…\"" if job.data.labels else f"Talk to it:   weitiao chat {run.path}"

@@ -13,7 +13,7 @@ from weitiao.screen import Screen, quiet_libraries
 from weitiao.train.folder import Checkpoint, RunFolder, open_run
 from weitiao.train.loop import Training
 from weitiao.train.proof import ROWS, prove as prove_trie
-from weitiao.train.train import Job, prepare, refuse_other_rows
+from weitiao.train.train import Job, encoding_beside, prepare, refuse_other_rows
 
 
 def prove(path: str, batches: int, steps: int) -> None:
@@ -36,7 +36,8 @@ def prove(path: str, batches: int, steps: int) -> None:
         # With another number of threads sums are made in another order. First, since it begins with the weights that
         # training began with.
         torch.set_num_threads(min(run.read_json("environment.json")["threads"], os.cpu_count() or 1))
-        worst_step, made = repeat(run, job, steps)
+        with encoding_beside(job, screen):
+            worst_step, made = repeat(run, job, steps)
         report["repeated"] = {"steps": made, "loss_difference_max": worst_step}
         screen.tell(f"Made again from the record: steps {made[0]} to {made[-1]}, losses differ by at most {worst_step:.2g}.")
         if worst_step > (0.0 if job.accelerator.device.type == "cpu" else 1e-2):
@@ -74,7 +75,7 @@ def repeat(run: RunFolder, job: Job, steps: int) -> tuple[float, list[int]]:
     settings = job.settings.model_copy(update={"evaluation": job.settings.evaluation.model_copy(update={"every": "end"})})
     lines: list[dict] = []
     training = Training(
-        settings, None, job.model, job.method, job.base_name, job.template, job.data.rows, [], job.accelerator,
+        settings, None, job.model, job.method, job.base_name, job.template, job.rows, [], job.accelerator,
         settings.training.layout, settings.training.nodes_per_pass, _Recorder(lines),
     )
     if start:
