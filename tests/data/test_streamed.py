@@ -14,7 +14,7 @@ from weitiao.data import cache as caching
 from weitiao.data import dataset, streamed
 from weitiao.data.cache import Cache
 from weitiao.data.dataset import load
-from weitiao.data.streamed import begin
+from weitiao.data.streamed import GivenUp, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import load_template
 from weitiao.errors import RowError, SettingError, SourceError
@@ -105,7 +105,10 @@ def test_rows_are_there_before_all_are_encoded_and_no_more_are_asked_for_behind_
     object.__setattr__(all_rows.encoding, "parts", slow())
     with all_rows.encoding_beside(lambda text: None):
         assert all_rows.wait(24) == 24 and all_rows.starts[-1] == 24 and not all_rows.ended
-        all_rows.stopped = True
+        threading.Timer(0.05, all_rows.give_up).start()
+        with pytest.raises(GivenUp):
+            all_rows.wait(25)
+        assert all_rows.wait(24) == 24
         gate.set()
     assert not all_rows.whole and all_rows.ended and all_rows.read < 200
 

@@ -70,6 +70,10 @@ def _together(parts: Sequence[Part]) -> Gathered:
     return read
 
 
+class GivenUp(Exception):
+    """Nobody waits any more for rows that are to come."""
+
+
 class Streamed:
     """Rows by their number: from 0 as they stand in the files, those left out that cannot teach.
 
@@ -98,11 +102,14 @@ class Streamed:
 
         Raises:
             WeitiaoError: there will not be so many, for a row before cannot be read, or too many cannot teach.
+            GivenUp: by another thread, or a signal.
         """
         with self.changed:
-            self.changed.wait_for(lambda: self.starts[-1] >= count or self.ended)
+            self.changed.wait_for(lambda: self.starts[-1] >= count or self.ended or self.stopped)
             if self.starts[-1] < count and self.error:
                 raise self.error
+            if self.starts[-1] < count and self.stopped and not self.whole:
+                raise GivenUp
             return min(count, self.starts[-1])
 
     def __getitem__(self, i: int) -> TrainingRow:
@@ -129,8 +136,14 @@ class Streamed:
         try:
             yield
         finally:
-            self.stopped = True
+            self.give_up()
             thread.join()
+
+    def give_up(self) -> None:
+        """No more rows are wanted than there are."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
 
     def told(self) -> str:
         """How far it is; then which rows cannot teach."""
@@ -147,6 +160,7 @@ class Streamed:
             self.error.__cause__ = error
         finally:
             self.encoding.parts.close()
+            self.waiting = self.noted = None
             with self.changed:
                 self.ended = True
                 self.changed.notify_all()
@@ -168,7 +182,6 @@ class Streamed:
         with self.cache.beside(self.asked) as staging:
             all_of_it = Gathered(staging) if staging else None
             self._keep(all_of_it, self.waiting)
-            self.waiting = []
             while not self.stopped and (parts := list(islice(self._until_stopped(), BLOCK // CHUNK))):
                 self._keep(all_of_it, parts)
                 data = self.encoding.dataset(block := _together(parts), self.max_tokens)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from weitiao.config import Settings, TrainingSettings
 from weitiao.data.stored import TrainingRow
-from weitiao.data.streamed import Streamed
+from weitiao.data.streamed import GivenUp, Streamed
 from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.errors import RowError, RunError, SourceError, TrainingStopped
@@ -242,6 +242,9 @@ class Training:
         with Ahead(self._work_of, last) as work_of:
             try:
                 return self._steps(last, work_of)
+            except GivenUp:
+                self.save()
+                return False
             except (RowError, SourceError) as error:  # of a stream, and met before the step that wants its rows
                 if not isinstance(self.rows, Streamed) or not self.step:
                     raise

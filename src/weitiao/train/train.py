@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from weitiao import __version__
 from weitiao.config import DataSettings, Settings, Source
 from weitiao.data.dataset import Dataset
 from weitiao.data.packing import trie_passes
-from weitiao.data.streamed import Streamed, begin
+from weitiao.data.streamed import GivenUp, Streamed, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
@@ -576,14 +576,14 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     steps = schedule_of(job).steps
     line = StepLine(screen, steps, checkpoint.step if checkpoint else 0, lambda: memory.used(job.accelerator.device))
     try:
-        with interruptible(screen) as signals, job.meter.part("steps"):
+        with interruptible(screen, job.stream.give_up if job.stream else None) as signals, job.meter.part("steps"):
             training = Training(
                 settings, run, job.model, job.method, job.base_name, job.template, job.rows, job.eval_data.rows,
                 job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
                 stop_requested=lambda: bool(signals), labels=job.data.labels,
             )
             if checkpoint:
-                training.restore(checkpoint)
+                restore(training, checkpoint, run, screen)
             if not training.fit():
                 raise Interrupted(how_it_stopped(run, training), signals[0] if signals else signal.SIGINT)
             training.save(must=True)
@@ -603,6 +603,16 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     if settings.samples.prompts and job.accelerator.is_main_process:  # last: whatever happens to it, the run is finished
         samples.answer_prompts(job.model, job.method, settings, job.template, run, job.accelerator.autocast, screen)
     return run
+
+
+def restore(training: Training, checkpoint: Checkpoint, run: RunFolder, screen: Screen) -> None:
+    """As it was there; rows of a stream are waited for."""
+    if isinstance(training.rows, Streamed):
+        screen.tell("Encoding the rows that were learned from so far …")
+    try:
+        training.restore(checkpoint)
+    except GivenUp:
+        raise Interrupted(f"Stopped at step {checkpoint.step}, where it was to go on. Go on: weitiao train {run.path} --resume", signal.SIGINT) from None
 
 
 def how_it_stopped(run: RunFolder, training: Training) -> str:
@@ -672,7 +682,7 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
 
 
 @contextlib.contextmanager
-def interruptible(screen: Screen) -> Iterator[list[int]]:
+def interruptible(screen: Screen, on_signal: Callable[[], None] | None = None) -> Iterator[list[int]]:
     """Signals met so far. The first asks the loop to stop in good order; a second Ctrl-C ends at once."""
     signals: list[int] = []
 
@@ -680,6 +690,8 @@ def interruptible(screen: Screen) -> Iterator[list[int]]:
         if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
         signals.append(number)
+        if on_signal:
+            on_signal()
         screen.tell("\nStopping after this pass and saving. Ctrl-C again to stop at once.", style="yellow")
 
     try:
