@@ -8,6 +8,8 @@ Two kinds of rows, made here: alpaca rows repeated with a word of prompt and ans
 ones ("What is 81 plus 7?"). Each cell is a process of its own, with the embedded model's tokenizer and its ChatML template:
 
     first     weitiao with an empty cache: read, encode (prompt, answer, stop), check for defects, cut, write the cache
+    stream    weitiao with data.streaming and an empty cache: up to the passes of the first step
+    streamed  the same, and on until all rows are encoded and in the cache; nothing learns meanwhile
     again     weitiao with the same rows a second time: find them, and build the passes of the first step
     tries     weitiao: the tries of a whole epoch, 16 rows a step, in one thread
     map 1, 2  datasets: from_json, then map(batched=True, num_proc=1 or 2): apply_chat_template for prompts and for whole rows,
@@ -37,8 +39,8 @@ STEP = 16  # rows
 # kind of rows, how many, what is measured
 CELLS = [
     *(("alpaca", n, what) for n in (5_000, 15_000, 50_000) for what in ("first", "again", "tries", "map 1", "map 2")),
-    *(("short", n, what) for n in (10_000, 100_000) for what in ("first", "again", "tries", "map 1", "map 2")),
-    *(("short", 1_000_000, what) for what in ("first", "again", "tries", "map 2")),
+    *(("short", n, what) for n in (10_000, 100_000) for what in ("first", "again", "tries", "stream", "streamed", "map 1", "map 2")),
+    *(("short", 1_000_000, what) for what in ("first", "again", "tries", "stream", "streamed", "map 2")),
 ]
 
 
@@ -92,10 +94,10 @@ def read(template, file: Path, cache: Path):
     return Cache(cache, 10**11, print).load(settings.train, settings, template, 8192, 49152, 0, survey=survey)
 
 
-def step_of(data, schedule, step: int) -> list:
+def step_of(rows, schedule, step: int) -> list:
     from weitiao.train.evaluation import make_passes
 
-    examples = [example for i in schedule.rows_of(step) for example in data.rows[i].examples]
+    examples = [example for i in schedule.rows_of(step) for example in rows[i].examples]
     return make_passes(examples, "trie", 1 << 40, 0, "cpu")
 
 
@@ -112,7 +114,7 @@ def measure_again(file: Path, folder: Path) -> dict:
     template = template_here()
     clock = Clock()
     data = read(template, file, folder / "cache")
-    step_of(data, Schedule(len(data), STEP, 0, 1), 1)
+    step_of(data.rows, Schedule(len(data), STEP, 0, 1), 1)
     return clock.told()
 
 
@@ -122,8 +124,30 @@ def measure_tries(file: Path, folder: Path) -> dict:
     data = read(template_here(), file, folder / "cache")
     schedule = Schedule(len(data), STEP, 0, 1)
     clock = Clock()
-    nodes = sum(one["input_ids"].numel() for step in range(1, schedule.steps + 1) for one in step_of(data, schedule, step))
+    nodes = sum(one["input_ids"].numel() for step in range(1, schedule.steps + 1) for one in step_of(data.rows, schedule, step))
     return clock.told() | {"nodes": nodes}
+
+
+def measure_stream(file: Path, folder: Path, whole: bool) -> dict:
+    from weitiao.config import DataSettings
+    from weitiao.data.cache import Cache
+    from weitiao.data.streamed import begin
+    from weitiao.data.survey import Facts, Survey
+    from weitiao.train.loop import StreamedSchedule
+
+    template = template_here()
+    settings = DataSettings(train=str(file), streaming=True)
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        clock = Clock()
+        survey = Survey(Facts.of(settings, template, 49152))
+        _, rows = begin(Cache(Path(cache), 10**11, print), settings.train, settings, template, 8192, 49152, 0, "auto", survey)
+        with rows.encoding_beside(lambda text: None):
+            step_of(rows, StreamedSchedule(rows, STEP, 0, 10**9), 1)
+            seconds = clock.told()["seconds"]
+            if whole:
+                rows.wait(10**12)
+                seconds = clock.told()["seconds"]
+        return clock.told() | {"seconds": seconds, "encoded": rows.read}  # the processor's when the encoders have ended and are counted
 
 
 def measure_map(file: Path, folder: Path, processes: int) -> dict:
@@ -148,6 +172,7 @@ def measure_map(file: Path, folder: Path, processes: int) -> dict:
 
 MEASURES = {
     "first": measure_first, "again": measure_again, "tries": measure_tries,
+    "stream": lambda file, folder: measure_stream(file, folder, whole=False), "streamed": lambda file, folder: measure_stream(file, folder, whole=True),
     "map 1": lambda file, folder: measure_map(file, folder, 1), "map 2": lambda file, folder: measure_map(file, folder, 2),
 }
 
@@ -201,7 +226,7 @@ def table(lines: list[dict]) -> str:
     newest = {(line["kind"], line["rows"], line["what"]): line for line in lines}
     out = ["| rows | | processor s | rows / processor s | s | peak memory, GB |", "|---|---|---|---|---|---|"]
     for (kind, rows, what), line in newest.items():
-        speed = f"{rows / line['processor']:,.0f}" if what != "again" else "–"
+        speed = f"{rows / line['processor']:,.0f}" if what not in ("again", "stream") else "–"
         out.append(f"| {rows:,} {kind} | {what} | {line['processor']:.1f} | {speed} | {line['seconds']:.1f} | {line['memory'] / 1e9:.2f} |")
     return "\n".join(out)
 
