@@ -16,7 +16,7 @@ from typing import Any
 from weitiao.errors import SourceError
 
 MOST_WORKERS = 8
-BEHIND = 10  # how nice a process is that works beside a training
+BEHIND = 5  # how nice a process is that works beside a training
 
 
 def usual_workers() -> int:
