@@ -205,6 +205,6 @@ def test_an_end_before_the_end_leaves_nothing_in_the_cache(template):
 
 
 def test_several_processes_encode_them_in_order(template, monkeypatch):
-    monkeypatch.setattr(dataset, "usual_workers", lambda: 2)
+    monkeypatch.setattr(dataset, "usual_workers", lambda: 3)
     write(ROWS * 3)
     assert encoded(template, None, max_tokens=30)[2] == plain(read(template, max_tokens=30)[0].rows, 150)

@@ -161,8 +161,10 @@ class Encoding:
 def _parts(mixed: Mixed, encoder: Encoder, workers: int | None, beside: bool) -> Iterator[Part]:
     chunks = mixed.chunks()
     first = list(islice(chunks, FEW // CHUNK))
-    few = len(first) < FEW // CHUNK
-    return in_order(chain(first, chunks), encoder, workers or (1 if few else usual_workers()), beside)
+    if len(first) < FEW // CHUNK:
+        return in_order(iter(first), encoder, workers or 1)
+    usual = max(1, usual_workers() - beside)  # a core is left for what goes on beside
+    return in_order(chain(first, chunks), encoder, workers or usual, beside)
 
 
 def _gathered(read: Gathered, parts: Iterator[Part], survey: Survey | None) -> Iterator[None]:

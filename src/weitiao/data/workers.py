@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from weitiao.errors import SourceError
+from weitiao.errors import SourceError, WeitiaoError
 
 MOST_WORKERS = 8
 BEHIND = 5  # how nice a process is that works beside a training
@@ -29,31 +29,42 @@ def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], worker
     """`work` of each chunk's items, in the order of the chunks. No more chunks are read than the processes are about to take.
 
     Args:
-        beside: something else goes on meanwhile. The processes take what it leaves of the cores, and Ctrl-C is not for them.
+        beside: something else goes on meanwhile. The processes give way to it, be it one alone, and Ctrl-C is not for them.
 
     Raises:
         SourceError: a process was ended from outside.
     """
-    if workers == 1:
+    if workers == 1 and not beside:
         yield from (work(*chunk) for chunk in chunks)
         return
     # A fork has the tokenizer at once; elsewhere it is sent to each process as it starts.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work, beside)) as pool:
         waiting: deque[Any] = deque()
+        errors: list[WeitiaoError] = []
         try:
-            for chunk in chunks:
+            for chunk in _up_to_an_error(chunks, errors):
                 waiting.append(pool.submit(_work, *chunk))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+            if errors:
+                raise errors[0]
         except BrokenProcessPool as error:
             raise SourceError("A process that read rows was ended from outside, most likely for want of memory.", "",
                               "Try again with other programs closed; `weitiao check --workers 1` reads in one process.") from error
         finally:
             for one in waiting:
                 one.cancel()
+
+
+def _up_to_an_error(chunks: Iterator[Any], errors: list[WeitiaoError]) -> Iterator[Any]:
+    """What was read before a row that cannot be comes out first, however many processes there are."""
+    try:
+        yield from chunks
+    except WeitiaoError as error:
+        errors.append(error)
 
 
 def _begin(work: Callable[..., Any], beside: bool) -> None:
