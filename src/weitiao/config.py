@@ -349,10 +349,19 @@ class TrainingSettings(Group):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "in what is computed; auto: bf16 on a GPU whose hardware has it, fp16 on any other, fp32 on a CPU. Trained weights stay fp32")
     kernels: Literal["auto", "plain", "liger"] = setting("auto", "liger: its fused norms, rope and SwiGLU on a GPU; plain: PyTorch's; auto: liger where it is installed and proves itself on the first batch")
     checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, about a third more time; default: only if the longest row does not fit without")
+    offload_activations: bool = setting(False, "keep what checkpointing keeps, the inputs of the layers, in the host's memory: on a GPU 2 bytes x width x layers less a token in bf16, for two copies over the bus; sets checkpointing=true")
     seed: int = setting(42, "of the row order, new weights and dropout", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offloaded_is_checkpointed(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("offload_activations") is True and values.get("checkpointing") is None:
+            return {**values, "checkpointing": True}
+        return values
 
     @model_validator(mode="after")
     def _none_idle(self) -> TrainingSettings:
+        _refuse_idle(self, "checkpointing=true", bool(self.checkpointing), "offload_activations")
         is_adam = "ademamix" in self.optimizer or ("adam" in self.optimizer and not self.optimizer.startswith(("galore", "grok")))
         _refuse_idle(self, "an optimizer of Adam's kind", is_adam or "lion" in self.optimizer, "adam_beta1", "adam_beta2")
         _refuse_idle(self, "an optimizer of Adam's kind", is_adam, "adam_epsilon")

@@ -13,7 +13,7 @@ import torch
 
 from weitiao.config import ModelSettings, Settings
 from weitiao.errors import SettingError, SourceError
-from weitiao.model import attention, families, quantize
+from weitiao.model import attention, families, offload, quantize
 from weitiao.model.families import bloom
 
 if TYPE_CHECKING:
@@ -105,9 +105,11 @@ def learn_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(attention.register())
 
 
-def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Keep each layer's input only, and compute the rest again in the backward pass."""
+def checkpoint_activations(model: torch.nn.Module, in_host: bool = False) -> None:
+    """Keep each layer's input only, in the host's memory if so asked, and compute the rest again in the backward pass."""
     model = causal_lm(model)
+    if in_host:
+        offload.keep_in_host(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
 

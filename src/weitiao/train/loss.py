@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from weitiao.model.offload import keeping
+
 CHUNK = 512  # edges whose logits exist at once: 512 x 49,152 x 4 bytes = 100 MB for a vocabulary like SmolLM2's
 
 
@@ -31,10 +33,10 @@ def learn_on_tries(model: nn.Module) -> None:
         **inputs: Any,
     ):
         if trie is None:
-            with casts_once():
+            with casts_once(), keeping(model):
                 return original(*args, **inputs)
         # The backbone's last hidden state: [1, T, hidden]
-        with casts_once():
+        with casts_once(), keeping(model):
             hidden = model.base_model(*args, trie=trie, use_cache=False, **inputs).last_hidden_state[0]
         if return_hidden:
             return hidden

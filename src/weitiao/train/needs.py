@@ -22,6 +22,7 @@ from weitiao.config import Settings
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
+from weitiao.model import offload
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
 from weitiao.train import memory, stepping
@@ -91,7 +92,7 @@ class Plan:
     """terms: bytes at the worst moment of a step (see trace.TERMS). parts: the most bytes of each part of a run: load, proof, steps.
 
     kept: bytes that the allocator may keep beside them; gives_back: is it told not to? budget: nodes a pass; largest: nodes of the largest pass. tokens, nodes: an epoch's. seconds: of an epoch; None if no speed is known.
-    disk: bytes by what is kept. trainable, total: parameters.
+    disk: bytes by what is kept. trainable, total: parameters. host: bytes in the host's memory beside a GPU's.
     """
 
     target: str
@@ -114,6 +115,7 @@ class Plan:
     disk: dict[str, int]
     trainable: int
     total: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -218,6 +220,7 @@ def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
 
 def _settled(subject: Subject, target: Target, layout: str | None) -> Plan:
     asked = subject.settings.training.checkpointing
+    offload.refuse_unfit(subject.settings, target.kind)
     try:
         layout = layout or _layout(subject, target)
         planned = _plan(subject, target, layout, bool(asked))
@@ -278,7 +281,7 @@ class Line:
                    for term in small.windows[name].keys() | terms.keys()}
             for name, terms in large.windows.items()
         }
-        return Trace(windows, small.work + (large.work + small.work * -1.0) * share, large.stepping)
+        return Trace(windows, small.work + (large.work + small.work * -1.0) * share, large.stepping, small.host + (large.host - small.host) * share)
 
     def _logits(self, window: str, edges: int) -> float:
         """constant + chunk * min(edges, CHUNK) + width * edges"""
@@ -300,7 +303,7 @@ def _line(subject: Subject, target: Target, layout: str, checkpointing: bool, ro
     half = list(rows[: len(rows) // 2]) if len(rows) > 1 else [_part(row, max(2, len(row) // 2)) for row in rows]
     training = subject.settings.training
     key = (layout, checkpointing, target.kind, case.compute, accumulates, subject.settings.model.model_dump_json(),
-           subject.settings.method.model_dump_json(), training.optimizer, training.optimizer_options, training.rounding, training.step_in_backward)
+           subject.settings.method.model_dump_json(), training.optimizer, training.optimizer_options, training.rounding, training.step_in_backward, training.offload_activations)
     if key not in subject.lines:
         traces = tuple(trace(case, some, accumulates, subject.uniform) for some in (half, rows))
         sizes = tuple((subject.nodes(some, layout), edges_of(some)) for some in (half, rows))
@@ -350,7 +353,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
         round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
         len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
         _seconds(case, subject, target, traced, rows, nodes, total_nodes), _disk(settings, method, traced, trainable, total),
-        trainable, total,
+        trainable, total, round(traced.host),
     )
 
 

@@ -311,8 +311,10 @@ def show(planned: Plan, subject: Subject, target: Target, screen: Screen, rows: 
                  f"{planned.nodes:,} computed" + ("" if planned.layout == "padded" else f" (1 / {planned.tokens / max(1, planned.nodes):.2f})")),
         ("disk", ", ".join(f"{name} {format_bytes(size)}" for name, size in planned.disk.items())),
     ]
+    if planned.host >= WORTH_TELLING:
+        facts.insert(1, ("in the host", f"{format_bytes(planned.host)} of its memory, beside the GPU's"))
     if planned.seconds is not None:
-        facts.insert(2, ("time", f"{about(planned.seconds)} an epoch, {about(planned.seconds * planned.epochs)} in all; measuring and saving come on top"))
+        facts.insert(-1, ("time", f"{about(planned.seconds)} an epoch, {about(planned.seconds * planned.epochs)} in all; measuring and saving come on top"))
     screen.table("", facts)
     if planned.fits:
         screen.tell(f"\nIt fits: {format_bytes(planned.peak)} of {format_bytes(planned.available)}.", style="green")

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from weitiao.config import ModelSettings, Settings
 from weitiao.data.batch import Plan, padded_batch, trie_batch
-from weitiao.model import attention, flex, fused
+from weitiao.model import attention, flex, fused, offload
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
@@ -67,11 +67,12 @@ class Work:
 @dataclass(frozen=True)
 class Trace:
     """windows: bytes by term (see TERMS) at the worst moment of each part of a step. work: of one pass, forward and
-    backward; stepping: of the optimizer alone."""
+    backward; stepping: of the optimizer alone. host: bytes of a GPU's run that lie in the host's memory."""
 
     windows: Mapping[str, Mapping[str, float]]
     work: Work
     stepping: Work
+    host: float = 0.0
 
     @property
     def worst(self) -> str:
@@ -127,7 +128,7 @@ def _extrapolate(few: Trace, more: Trace, layers: int) -> Trace:
         for name in more.windows
     }
     return Trace(windows, *(Work(*(line(getattr(a, f.name), getattr(b, f.name)) for f in fields(Work)))
-                            for a, b in ((few.work, more.work), (few.stepping, more.stepping))))
+                            for a, b in ((few.work, more.work), (few.stepping, more.stepping))), line(few.host, more.host))
 
 
 def alike(model: nn.Module, config: Any) -> bool:
@@ -250,6 +251,8 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
         _off_meta(attached)
         batch = {key: _fake(value, fake) for key, value in batch.items()}
         _seed(lives, attached, case)
+        if case.checkpointing and case.settings.training.offload_activations:
+            _moves_to_host(model, lives)
         trained = [p for p in attached.parameters() if p.requires_grad]
         by_weight = ByWeight.of(case.settings)
         for weight in trained:
@@ -286,7 +289,7 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
     windows = lives.windows()
     for name in windows:  # from the second step on the state is there all the time
         windows[name]["optimizer"] = state
-    return Trace({name: dict(windows[name]) for name in WINDOWS if name in windows}, *lives.works())
+    return Trace({name: dict(windows[name]) for name in WINDOWS if name in windows}, *lives.works(), lives.host)
 
 
 @contextmanager
@@ -394,6 +397,21 @@ def _seed(lives: Lives, model: nn.Module, case: Case) -> None:
         lives.see(buffer, "weights")
 
 
+def _moves_to_host(model: nn.Module, lives: Lives) -> None:
+    """What autograd keeps is let go where it goes into the host's memory, and made anew when it is asked for."""
+
+    class Counted(offload.InHost):
+        def to_host(self, tensor: torch.Tensor) -> Any:
+            lives.host += tensor.nbytes
+            return tensor.shape, tensor.stride(), tensor.dtype
+
+        def to_device(self, device: torch.device, held: Any) -> torch.Tensor:
+            shape, strides, dtype = held
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    offload.keep_in_host(model, Counted)
+
+
 @contextmanager
 def _told_of_the_loss(model: nn.Module, lives: Lives) -> Iterator[None]:
     """When the backbone is done, the head begins."""
@@ -496,9 +514,11 @@ class Lives(TorchDispatchMode):
         self.term: list[str | None] = []
         self.known: dict[int, tuple[int, Any]] = {}  # storage -> (its number here, the reference that tells its end)
         self.work: dict[str, Work] = defaultdict(Work)
+        self.host = 0  # bytes that the last pass keeps in the host's memory
 
     def begin(self, part: str) -> None:
         self.part = part
+        self.host *= part != "forward"
         self.parts.append((self.clock, part))
 
     def see(self, tensor: torch.Tensor, term: str) -> None:

@@ -28,7 +28,7 @@ from weitiao.data.streamed import GivenUp, Streamed, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
-from weitiao.model import cpu, fused, kernels, quantize
+from weitiao.model import cpu, fused, kernels, offload, quantize
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
@@ -150,6 +150,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
     if settings.data.streaming and accelerator.num_processes > 1:
         raise SettingError(f"data.streaming=true reads rows in one process, and there are {accelerator.num_processes}.", "Expected one process.",
                            "Leave data.streaming out: one process encodes all rows, and the others find them in the cache.")
+    offload.refuse_unfit(settings, accelerator.device.type)
     base = model_folder(settings.model, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
@@ -180,7 +181,7 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         fused.fuse(model)
         model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
-        loading.checkpoint_activations(model)
+        loading.checkpoint_activations(model, settings.training.offload_activations)
     return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter, liger, stream)
 
 
