@@ -97,12 +97,15 @@ class ModelSettings(Group):
     quantize: Literal["none", "int8", "nf4", "fp4"] = setting("none", "hold the frozen weights in 8 or 4 bits (bitsandbytes); nf4 is the better of the two 4-bit kinds")
     double_quantize: bool = setting(True, "nf4, fp4: quantise the scales too, 0.4 bits less a weight")
     int8_threshold: float = setting(6.0, "int8: inputs larger than this go through a 16-bit product; 0: none do", ge=0)
+    stream: bool = setting(False, "keep the frozen weights in the host's memory, and a layer of them at a time on the GPU, copied while the one before computes; sets training.checkpointing=true. For training: answers, which are written token by token, take long")
     device_map: str | None = setting(None, "spread the frozen weights over devices as accelerate does: auto, balanced, sequential or a device; default: one device a process")
 
     @model_validator(mode="after")
     def _none_idle(self) -> ModelSettings:
         _refuse_idle(self, "quantize=nf4 or fp4", self.quantize in ("nf4", "fp4"), "double_quantize")
         _refuse_idle(self, "quantize=int8", self.quantize == "int8", "int8_threshold")
+        if self.stream and self.device_map is not None:
+            raise ValueError(f"stream=true brings layers to one device, and device_map={self.device_map} says where they lie. Leave one of them out")
         return self
 
 
@@ -431,6 +434,14 @@ MEMORY: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def with_stream(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with the checkpointing that model.stream sets."""
+    model, training = values.get("model"), values.get("training", {})
+    if not (isinstance(model, Mapping) and model.get("stream") is True and isinstance(training, Mapping)):
+        return values
+    return {**values, "training": {**training, "checkpointing": True if training.get("checkpointing") is None else training["checkpointing"]}}
+
+
 def with_memory(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same with what training.memory sets spelled out. Weights held in another type than bfloat16 are not rounded."""
     training = values.get("training")
@@ -469,7 +480,7 @@ class Settings(Group):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:
-        values = with_memory(values) if isinstance(values, Mapping) else values
+        values = with_stream(with_memory(values)) if isinstance(values, Mapping) else values
         data = values.get("data") if isinstance(values, Mapping) else None
         if isinstance(data, (str, list)):
             return {**values, "data": {"train": data}}
@@ -486,6 +497,7 @@ class Settings(Group):
                 raise ValueError(f"{name}: give every file a share, or none")
         self._can_stream()
         self._weights_can_learn()
+        self._weights_can_be_streamed()
         if self.training.rounding != "auto" and not (isinstance(self.method, FullSettings) and self.model.dtype == "bfloat16"):
             raise ValueError("training.rounding goes with method=full and model.dtype=bfloat16, and would do nothing here")
         self._one_rate_for_all()
@@ -543,9 +555,24 @@ class Settings(Group):
                 f"gradients below 0.0002 are 0, and {epsilon:g} is {0 if epsilon < 3e-8 else epsilon:g}: Adam divides by next to nothing, "
                 "and weights become NaN. training.adam_epsilon=1e-4 works; so does model.dtype=float32, at twice the memory, which learns better")
 
+    def _weights_can_be_streamed(self) -> None:
+        if not self.model.stream:
+            return
+        if isinstance(self.method, (FullSettings, PrefixSettings)):
+            why = "trains the weights themselves" if isinstance(self.method, FullSettings) else "hands each layer keys and values that learn"
+            raise ValueError(f"model.stream=true brings frozen layers one at a time, and method={self.method.name} {why}. Choose method=lora")
+        if not self.training.checkpointing:
+            raise ValueError("model.stream=true computes each layer again in the backward pass, and training.checkpointing=false says not to. "
+                             "Leave that out")
+
     @property
     def learning_rate(self) -> float:
         return self.training.learning_rate or self.method.learning_rate
+
+    @property
+    def proves_frugally(self) -> bool:
+        """Is the proof to hold little memory: short rows, and sketches of gradients?"""
+        return self.training.step_in_backward or self.model.stream
 
 
 # ---------------------------------------------------------------------------------------------- reading settings

@@ -26,6 +26,7 @@ import torch
 
 from weitiao.data.batch import Plan, trie_batch
 from weitiao.model.attention import attend_within, merge, part
+from weitiao.model.load import device_of
 from weitiao.trie import Example, Segment, build_with_paths, common_prefix
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
@@ -341,7 +342,7 @@ def decode(
         TrieUnsupported: its attention asks for something that a trie cannot give; told at the first row.
     """
     order, stems = arrange(prompts, virtual)
-    batch = Batch(next(model.parameters()).device, min(at_once, len(prompts)), places)
+    batch = Batch(device_of(model), min(at_once, len(prompts)), places)
     unanswered = {stem: len(stem.rows) for lowest in stems if lowest for stem in lowest.chain()}
     taken = 0
     while taken < len(order) or batch.rows:

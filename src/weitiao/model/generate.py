@@ -20,7 +20,7 @@ import torch
 from weitiao.data.templates import Template
 from weitiao.model.attention import TrieUnsupported
 from weitiao.model.decode import decode
-from weitiao.model.load import causal_lm, model_limit, trie_obstacle, virtual_places
+from weitiao.model.load import causal_lm, device_of, model_limit, trie_obstacle, virtual_places
 from weitiao.model.methods.wiring import kv_shape
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -214,14 +214,13 @@ def virtual_now(model) -> int:
 def place_bytes(model) -> int:
     """What one token's keys and values take in all layers."""
     heads, d = kv_shape(causal_lm(model))
-    embedding = causal_lm(model).get_input_embeddings().weight
-    size = 4 if embedding.device.type == "cpu" else embedding.element_size()
+    size = 4 if device_of(model).type == "cpu" else causal_lm(model).get_input_embeddings().weight.element_size()
     return 2 * causal_lm(model).config.get_text_config().num_hidden_layers * heads * d * size
 
 
 def free_memory(model) -> int:
     """Bytes, where the model is."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -318,7 +317,7 @@ def _generate(model, template: Template, prompts: Sequence[np.ndarray], sampling
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, width - len(prompt) :] = 1
-    device = next(model.parameters()).device
+    device = device_of(model)
     out = model.generate(
         input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=min(sampling.max_new_tokens, left),
         use_cache=True, eos_token_id=template.stop_ids, pad_token_id=template.pad_id, **sampling.arguments(), **more,

@@ -105,12 +105,16 @@ def learn_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(attention.register())
 
 
-def checkpoint_activations(model: torch.nn.Module, in_host: bool = False) -> None:
-    """Keep each layer's input only, in the host's memory if so asked, and compute the rest again in the backward pass."""
+def checkpoint_activations(model: torch.nn.Module, in_host: bool = False, streamed: bool = False) -> None:
+    """Keep each layer's input only, in the host's memory if so asked, and compute the rest again in the backward pass.
+
+    streamed: its layers do so by themselves (model/stream.py).
+    """
     model = causal_lm(model)
     if in_host:
         offload.keep_in_host(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not streamed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
 
 
@@ -123,6 +127,11 @@ def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         if tensor.device.type != device.type:
             tensor.data = tensor.data.to(device)
     return model
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where it computes; its weights may lie elsewhere (model/stream.py)."""
+    return getattr(causal_lm(model), "runs_on", None) or next(model.parameters()).device
 
 
 def home(settings: ModelSettings) -> torch.device:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from weitiao.model.offload import keeping
+from weitiao.model.stream import head_there
 
 CHUNK = 512  # edges whose logits exist at once: 512 x 49,152 x 4 bytes = 100 MB for a vocabulary like SmolLM2's
 
@@ -44,9 +45,10 @@ def learn_on_tries(model: nn.Module) -> None:
         if logits_at is not None:
             return transform(head(hidden[logits_at]))
         predicting = hidden[trie.predictors]
-        if per_edge:
-            return edge_nll(predicting, trie.targets, head, transform)
-        return edge_loss(predicting, trie.targets, trie.weights, head, transform)
+        with head_there(head):
+            if per_edge:
+                return edge_nll(predicting, trie.targets, head, transform)
+            return edge_loss(predicting, trie.targets, trie.weights, head, transform)
 
     model.forward = forward
     model.learns_on_tries = True

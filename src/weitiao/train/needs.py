@@ -22,7 +22,7 @@ from weitiao.config import Settings
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
-from weitiao.model import offload
+from weitiao.model import offload, stream
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
 from weitiao.train import memory, stepping
@@ -220,7 +220,8 @@ def needs(subject: Subject, target: Target, layout: str | None = None) -> Plan:
 
 def _settled(subject: Subject, target: Target, layout: str | None) -> Plan:
     asked = subject.settings.training.checkpointing
-    offload.refuse_unfit(subject.settings, target.kind)
+    for module in (offload, stream):
+        module.refuse_unfit(subject.settings, target.kind)
     try:
         layout = layout or _layout(subject, target)
         planned = _plan(subject, target, layout, bool(asked))
@@ -239,8 +240,11 @@ def _settled(subject: Subject, target: Target, layout: str | None) -> Plan:
 def standing(subject: Subject, target: Target) -> int:
     """Bytes of weights, gradients and Adam's state, without anything that passes: no run needs less. Nothing is traced."""
     case = subject.case(target, "trie", False)
-    attached, _ = build_model(case, subject.config.get_text_config().num_hidden_layers)
-    weights = sum(p.numel() * p.element_size() for p in attached.parameters())
+    for module in (offload, stream):
+        module.refuse_unfit(subject.settings, target.kind)
+    attached, inner = build_model(case, subject.config.get_text_config().num_hidden_layers)
+    elsewhere = {id(weight) for weight in stream.resting(inner)} if subject.settings.model.stream else set()
+    weights = sum(p.numel() * p.element_size() for p in attached.parameters() if id(p) not in elsewhere)
     trained = [p for p in attached.parameters() if p.requires_grad]
     training = subject.settings.training
     wide = 4 if stepping.rounding_in_force(subject.settings) != "nearest" else 0
@@ -414,11 +418,11 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
     """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
     if case.layout != "trie":
         return 0
-    frugal = case.settings.training.step_in_backward
+    frugal = case.settings.proves_frugally
     rows = picked(shortened(subject.step(1)) if frugal else subject.step(1), budget)
     longest = max(map(len, rows))
     standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework", "file pages"))
-    gradients = line.traces[1].windows["optimizer"].get("gradients", 0)  # none, if they are let go as they come: then sketches are held
+    gradients = 0 if frugal else line.traces[1].windows["optimizer"].get("gradients", 0)  # let go as they come; sketches are held
     passes = (*PASSING, "gradients") if frugal else PASSING
 
     def passing(nodes: int, edges: int) -> float:

@@ -51,6 +51,8 @@ class Change:
 CHANGES = (
     Change({"training.nodes_per_pass": None}, "a step in more passes, the same result"),
     Change({"training.checkpointing": True}, "about a third more time, the same result"),
+    Change({"training.offload_activations": True}, "inputs of layers in the host's memory, for two copies over the bus; the same result"),
+    Change({"model.stream": True}, "frozen layers come from the host's memory one at a time, each twice a pass; the same result"),
     Change({"model.dtype": "auto"}, "frozen weights in the type that is computed in"),
     Change({"training.precision": "bf16"}, "products rounded to 8 bits"),
     Change({"training.optimizer": "adamw_bnb_8bit"}, "the optimizer's state in 8 bits; needs bitsandbytes"),
@@ -77,6 +79,7 @@ WAYS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("LoRA on int8", {"method": "lora", "model.quantize": "int8"}),
     ("LoRA on nf4", {"method": "lora", "model.quantize": "nf4"}),
     ("LoRA on nf4, bf16", {"method": "lora", "model.quantize": "nf4", "training.precision": "bf16"}),
+    ("LoRA on nf4, bf16, streamed", {"method": "lora", "model.quantize": "nf4", "training.precision": "bf16", "model.stream": True}),
     ("prefix on nf4, bf16", {"method": "prefix", "model.quantize": "nf4", "training.precision": "bf16"}),
 )
 
@@ -278,7 +281,7 @@ def ways(subject: Subject, target: Target, progress: Any = lambda items, what: i
             continue
         with contextlib.suppress(NoPlan, SettingError):
             other = under(subject, settings)
-            kind = (settings.method.name, settings.model.quantize, settings.model.dtype, settings.training.optimizer, target.compute(settings, other.method.TRAINS_ALL))
+            kind = (settings.method.name, settings.model.quantize, settings.model.dtype, settings.model.stream, settings.training.optimizer, target.compute(settings, other.method.TRAINS_ALL))
             if kind not in seen:
                 seen.add(kind)
                 least = standing(other, target)

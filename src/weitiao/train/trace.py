@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from weitiao.config import ModelSettings, Settings
 from weitiao.data.batch import Plan, padded_batch, trie_batch
-from weitiao.model import attention, flex, fused, offload
+from weitiao.model import attention, flex, fused, offload, stream
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
@@ -47,6 +47,7 @@ from weitiao.trie import Example, Segment, build
 WINDOWS = ("forward", "loss", "backward, upper half", "backward, lower half", "optimizer")
 TERMS = ("weights", "quantisation", "adapter", "gradients", "optimizer", "activations", "logits", "work space")
 FEW, MORE = 2, 4  # layers that are traced in the place of many; even, so that a backward pass has two halves
+STREAMED = 2  # so many more, where a half has to hold the two that are there at once
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,15 @@ def trace(case: Case, rows: Sequence[Example], accumulates: bool = False, unifor
     uniform: are its layers alike? Found out if it is not given.
     """
     layers = case.config.get_text_config().num_hidden_layers
-    if layers <= MORE or not (alike(build_model(case, layers)[0], case.config) if uniform is None else uniform):
+    counts = [count + STREAMED * case.settings.model.stream for count in (FEW, MORE)]
+    if layers <= counts[1] or not (alike(build_model(case, layers)[0], case.config) if uniform is None else uniform):
         return _trace(case, layers, rows, accumulates)
-    few, more = (_trace(case, count, rows, accumulates) for count in (FEW, MORE))
-    return _extrapolate(few, more, layers)
+    few, more = (_trace(case, count, rows, accumulates) for count in counts)
+    return _extrapolate(few, more, (layers - counts[0]) / (counts[1] - counts[0]))
 
 
-def _extrapolate(few: Trace, more: Trace, layers: int) -> Trace:
-    """Each figure is a line in the number of layers."""
-    steps = (layers - FEW) / (MORE - FEW)
+def _extrapolate(few: Trace, more: Trace, steps: float) -> Trace:
+    """Each figure is a line in the number of layers. steps: from few to all, counted in those from few to more."""
 
     def line(a: float, b: float) -> float:
         return a + (b - a) * steps
@@ -160,7 +161,7 @@ def build_model(case: Case, layers: int, trained: bool = True) -> tuple[nn.Modul
         attached = case.method.attach(model, _without_start(settings), settings.training.seed, case.tokenizer) if trained else model
         fused.fuse(attached)
     if case.checkpointing:
-        loading.checkpoint_activations(model)
+        loading.checkpoint_activations(model, streamed=settings.model.stream)
     return attached, model
 
 
@@ -250,7 +251,8 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as fake, attention.as_on(case.device):
         _off_meta(attached)
         batch = {key: _fake(value, fake) for key, value in batch.items()}
-        _seed(lives, attached, case)
+        resting = _streamed(model, lives) if case.settings.model.stream else []
+        _seed(lives, attached, case, resting)
         if case.checkpointing and case.settings.training.offload_activations:
             _moves_to_host(model, lives)
         trained = [p for p in attached.parameters() if p.requires_grad]
@@ -289,7 +291,7 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
     windows = lives.windows()
     for name in windows:  # from the second step on the state is there all the time
         windows[name]["optimizer"] = state
-    return Trace({name: dict(windows[name]) for name in WINDOWS if name in windows}, *lives.works(), lives.host)
+    return Trace({name: dict(windows[name]) for name in WINDOWS if name in windows}, *lives.works(), lives.host + sum(p.nbytes for p in resting))
 
 
 @contextmanager
@@ -387,14 +389,30 @@ def _fake(value: Any, fake: FakeTensorMode) -> Any:
     return value
 
 
-def _seed(lives: Lives, model: nn.Module, case: Case) -> None:
-    """What is there before the step."""
+def _seed(lives: Lives, model: nn.Module, case: Case, resting: Sequence[nn.Parameter]) -> None:
+    """What is there before the step, but for what rests in the host's memory."""
+    elsewhere = {id(weight) for weight in resting}
     for name, parameter in model.named_parameters():
+        if id(parameter) in elsewhere:
+            continue
         scales = name.endswith(".scales")
         term = "quantisation" if scales else "adapter" if parameter.requires_grad and not case.method.TRAINS_ALL else "weights"
         lives.see(parameter, term)
     for buffer in model.buffers():
         lives.see(buffer, "weights")
+
+
+def _streamed(model: nn.Module, lives: Lives) -> list[nn.Parameter]:
+    """What is brought is weights as long as it is there. Those that rest in the host's memory."""
+
+    class Counted(stream.Stream):
+        def copied(self, host: torch.Tensor) -> torch.Tensor:
+            flat = torch.empty_like(host).copy_(host)
+            lives.relabel([flat], "weights")
+            return flat
+
+    stream.keep_in_host(model, torch.device("cpu"), Counted)
+    return stream.resting(model)
 
 
 def _moves_to_host(model: nn.Module, lives: Lives) -> None:

@@ -28,7 +28,7 @@ from weitiao.data.streamed import GivenUp, Streamed, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
-from weitiao.model import cpu, fused, kernels, offload, quantize
+from weitiao.model import cpu, fused, kernels, offload, quantize, stream
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
@@ -151,13 +151,14 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         raise SettingError(f"data.streaming=true reads rows in one process, and there are {accelerator.num_processes}.", "Expected one process.",
                            "Leave data.streaming out: one process encodes all rows, and the others find them in the cache.")
     offload.refuse_unfit(settings, accelerator.device.type)
+    stream.refuse_unfit(settings, accelerator.device.type, accelerator.num_processes)
     base = model_folder(settings.model, notify=screen.tell)
     model_config = loading.load_config(base, settings.model)
     quantize.refuse_unfit(settings.model, model_config, method.TRAINS_ALL, accelerator.num_processes)
     kernels.refuse_unfit(settings.training.kernels, model_config, accelerator.device)
     template = load_template(settings.data.template, loading.load_tokenizer(base, settings.model))
     method = method_of(settings, template.tokenizer)
-    data, stream, eval_data, checked = read_rows(settings, method, template, model_config, screen)
+    data, streamed, eval_data, checked = read_rows(settings, method, template, model_config, screen)
     compute = loading.run_dtype(settings, method.TRAINS_ALL)
     weights = loading.weight_dtype(settings.model.dtype, method.TRAINS_ALL, compute)
     subject = Subject(settings, model_config, data.rows.paths, template.tokenizer, method)
@@ -172,17 +173,20 @@ def prepare(settings: Settings, screen: Screen, force: bool = True) -> Job:
         memory.give_back_at_once()
     meter = memory.Meter(accelerator.device)
     with meter.part("load"):
-        model = loading.load_model(base, settings.model, weights, compute, accelerator.device)
+        model = loading.load_model(base, settings.model, weights, compute, "cpu" if settings.model.stream else accelerator.device)
         obstacle = loading.trie_obstacle(model)
         refuse_unsound(model, base)
         liger = kernels.fuse(model, settings.training.kernels, accelerator.device)
         learn_on_tries(model)
         model = method.attach(model, settings.method, settings.training.seed, template.tokenizer, data.rows.examples)
         fused.fuse(model)
-        model = loading.place(model, accelerator.device)
+        if settings.model.stream:
+            stream.keep_in_host(loading.causal_lm(model), accelerator.device)
+        else:
+            model = loading.place(model, accelerator.device)
     if settings.training.checkpointing:
-        loading.checkpoint_activations(model, settings.training.offload_activations)
-    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter, liger, stream)
+        loading.checkpoint_activations(model, settings.training.offload_activations, settings.model.stream)
+    return Job(settings, base, template, data, eval_data, model, method, accelerator, compute, obstacle, checked, subject, planned, meter, liger, streamed)
 
 
 def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | None = None) -> Plan | None:
@@ -250,9 +254,9 @@ def read_rows(
     samples.refuse_too_long(settings, template, room)
     facts = (template, room, vocabulary, settings.training.seed)
     survey, measured = Survey(Facts.of(settings.data, template, vocabulary)), None
-    cache, stream = cache_of(settings.data, screen), None
+    cache, streamed = cache_of(settings.data, screen), None
     if settings.data.streaming:
-        data, stream = begin(cache, settings.data.train, settings.data, *facts, settings.task, survey)
+        data, streamed = begin(cache, settings.data.train, settings.data, *facts, settings.task, survey)
     else:
         data = cache.load(settings.data.train, settings.data, *facts, progress=screen.progress, task=settings.task, survey=survey)
     refuse_idle(settings, data)
@@ -266,10 +270,10 @@ def read_rows(
         measured = Survey(Facts.of(counted, template, vocabulary))
         eval_data = cache.load(settings.data.eval, counted, *facts, max_tokens=data.max_tokens, progress=screen.progress,
                                task=task_of(data), labels=data.labels, survey=measured)
-    checked = report(settings, survey, measured, template, room, setting_findings(settings, template, model_config, None if stream else len(data)))
+    checked = report(settings, survey, measured, template, room, setting_findings(settings, template, model_config, None if streamed else len(data)))
     if not settings.data.eval and settings.data.eval_share and len(data) > 1:
         data, eval_data = data.split(settings.data.eval_share, settings.training.seed)
-    return data, stream, eval_data, checked
+    return data, streamed, eval_data, checked
 
 
 def task_of(data: Dataset) -> str:
@@ -389,7 +393,7 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
         proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None,
-                      frugal=job.settings.training.step_in_backward)
+                      frugal=job.settings.proves_frugally)
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(
