@@ -123,8 +123,10 @@ def as_weitiao_reads(job: Job, data: Path, place: Path, steps: int) -> Any:
         data: the folder of the rows' files.
         place: a folder for what has to be made of them.
     """
-    # As the command `weitiao` sets it; torch reads it with its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from weitiao.cli import TORCH_READS
+
+    for name, value in TORCH_READS.items():
+        os.environ.setdefault(name, value)
     from weitiao import config
     from weitiao.screen import Screen, quiet_libraries
     from weitiao.train.train import prepare

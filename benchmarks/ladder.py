@@ -37,7 +37,18 @@ RUNGS: dict[str, list[str]] = {
     "memory=thrifty, clipped each": ["training.memory=thrifty", "training.clipping=each"],
     "bf16, Adafactor in backward": [*BF16, *INSIDE, "training.optimizer=adafactor", "training.checkpointing=true"],
 }
-SHAPES = [("meta-llama/Meta-Llama-3-8B", "24GB"), ("Qwen/Qwen3-0.6B", "8GB"), ("Qwen/Qwen2.5-0.5B", "8GB")]
+# A tutorial's 8B and 0.8B (as in tutorial_memory.py) and two smaller ones.
+SHAPES = [("meta-llama/Meta-Llama-3-8B", "24GB"), ("Langboat/bloom-800m-zh", "8GB"), ("Qwen/Qwen3-0.6B", "8GB"), ("Qwen/Qwen2.5-0.5B", "8GB")]
+FULL, NF4 = {"method": "full"}, {"model.quantize": "nf4", "training.checkpointing": True}
+PLANNED: dict[str, dict[str, object]] = {
+    "float32, AdamW": FULL,
+    "balanced": FULL | {"training.memory": "balanced"},
+    "thrifty": FULL | {"training.memory": "thrifty"},
+    "thrifty, activations in the host": FULL | {"training.memory": "thrifty", "training.offload_activations": True},
+    "LoRA, 4 bits, checkpointing": NF4,
+    "LoRA, 4 bits, streamed": NF4 | {"model.stream": True},
+    "LoRA, 4 bits, streamed, activations in the host": NF4 | {"model.stream": True, "training.offload_activations": True},
+}
 
 
 def run(words: list[str], data: str, steps: int, batch: int) -> dict[str, object]:
@@ -77,18 +88,19 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def shapes() -> str:
     """What `weitiao plan` says of one row of 2,048 tokens a step on a GPU, computed in bf16."""
-    from weitiao.config import parse
+    from weitiao.config import read
     from weitiao.screen import Screen
     from weitiao.train.needs import needs
     from weitiao.train.plan import subject_of, target_of
 
-    lines = ["| model | settings | load | proof | steps |", "|---|---|---|---|---|"]
+    lines = ["| model | settings | load | proof | steps | in the host's memory |", "|---|---|---|---|---|---|"]
     for name, size in SHAPES:
-        for rung, words in {"float32, AdamW": {}, "balanced": {"memory": "balanced"}, "thrifty": {"memory": "thrifty"}}.items():
-            settings = parse({"data": "none", "model": name, "method": "full", "training": {"batch_size": 1, "precision": "bf16"} | words})
+        for rung, words in PLANNED.items():
+            settings = read(**{"data": "none", "model.name": name, "training.batch_size": 1, "training.precision": "bf16"} | words)
             subject, _ = subject_of(settings, Screen(quiet=True), 2048, 8)
-            parts = needs(subject, target_of(size, None)).parts
-            lines.append(f"| {name} | {rung} | " + " | ".join(f"{parts[part] / 2**30:.1f} GiB" for part in ("load", "proof", "steps")) + " |")
+            planned = needs(subject, target_of(size, None))
+            sizes = [*(planned.parts[part] for part in ("load", "proof", "steps")), planned.host]
+            lines.append(f"| {name} | {rung} | " + " | ".join(f"{bytes_ / 2**30:.2f} GiB" for bytes_ in sizes) + " |")
     return "\n".join(lines)
 
 

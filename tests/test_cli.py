@@ -687,3 +687,15 @@ def test_train_help_lists_every_setting(weitiao):
     for name, _, _ in every_setting():
         assert f"  {name}  [" in out
     assert "training.batch_size  [whole number >= 1 (rows), default 16]" in out
+
+
+def test_what_torch_reads_is_there_before_any_command(monkeypatch):
+    from weitiao import cli
+
+    for name in cli.TORCH_READS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # a user's own stays
+    found = {}
+    monkeypatch.setattr(cli, "app", lambda: found.update({name: os.environ[name] for name in cli.TORCH_READS}))
+    main()
+    assert found == cli.TORCH_READS | {"LRU_CACHE_CAPACITY": "7"}

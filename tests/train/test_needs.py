@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from tests.conftest import tiny_config
+from weitiao.cli import TORCH_READS
 from weitiao.config import parse
 from weitiao.errors import SettingError, SourceError
 from weitiao.train import memory, tree
 from weitiao.train.devices import device_named
-from weitiao.train.needs import FRAMEWORK, NoPlan, Subject, Target, needs, standing
+from weitiao.train.needs import FRAMEWORK, PRODUCTS, NoPlan, Subject, Target, needs, standing
 from weitiao.train.plan import CHANGES, WAYS, change_that_fits, changed, made_up, ways
 
 ROOMY = Target("a test", "cpu", 1 << 40, flops={"single": 1e11, "half": 2e11}, bandwidth=1e10)
@@ -108,6 +109,13 @@ def test_a_gpu_is_told_in_half_precision_and_by_its_own_memory():
     assert turing.available < 15 << 30 < 38 << 30 < ampere.available
     assert turing.seconds > ampere.seconds > 0
     assert needs(subject(), Target.of_gpu(device_named("8GB"))).seconds is None
+
+
+def test_the_code_of_products_in_half_precision_is_counted_on_a_cpu():
+    """oneDNN keeps it for each shape; as many shapes as `weitiao` lets it keep."""
+    half, single = (needs(subject(training={"precision": p}), ROOMY).terms["framework"] for p in ("bf16", "fp32"))
+    assert half - single == PRODUCTS == int(TORCH_READS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) * 768 << 10
+    assert needs(subject(training={"precision": "bf16"}), Target.of_gpu(device_named("24GB"))).terms["framework"] == FRAMEWORK["cuda"]
 
 
 def test_the_tutorials_figures():

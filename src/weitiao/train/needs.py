@@ -36,6 +36,8 @@ from weitiao.trie import Example
 Paths = Sequence[Sequence[Example]]  # of each row
 
 FRAMEWORK = {"cpu": 96 << 20, "cuda": 32 << 20}  # libraries that load with the first step; cuBLAS' own room
+# Of a CPU's products in half precision oneDNN keeps the code: 0.76 MiB a shape, of which each size of pass has others; 128 of them (cli.py).
+PRODUCTS = 96 << 20
 CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # Of what lives and dies within a step: what an allocator may keep beside it for the next one (PyTorch's on a GPU; a heap of glibc's
 # kept 5 % to 118 %, see benchmarks/results.md). A CPU's can be told to give back at once, which costs time: memory.give_back_at_once.
@@ -341,12 +343,12 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
     line = _line(subject, target, layout, checkpointing, rows, len(passes) > 1)
     keeps = 0.0 if target.gives_back else KEEPS[target.kind]
-    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, keeps, most)
+    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, case.compute, keeps, most)
     passes = subject.passes(largest_step, layout, max(budget, subject.longest))
     rows = max(passes, key=lambda rows: subject.nodes(rows, layout))
     nodes = subject.nodes(rows, layout)
     traced = line.at(nodes, edges_of(rows))
-    terms = _terms(traced, target)
+    terms = _terms(traced, target, case.compute)
     total_nodes, tokens = _epoch(subject, layout, budget)
     trainable, total = count_parameters(subject.whole)
     if pages := _file_pages(terms["weights"], total - trainable, case, target):
@@ -367,9 +369,13 @@ def _part(row: Example, tokens: int) -> Example:
     return Example(row.ids[:tokens], row.weights[chosen], row.row)
 
 
-def _budget(line: Line, nodes: int, edges: int, target: Target, keeps: float, most: int) -> int:
+def libraries(target: Target, compute: torch.dtype) -> int:
+    return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and compute in loading.HALVES)
+
+
+def _budget(line: Line, nodes: int, edges: int, target: Target, compute: torch.dtype, keeps: float, most: int) -> int:
     """Nodes of a pass: as many as `most`, fewer where they would not fit."""
-    room = target.available - FRAMEWORK[target.kind]
+    room = target.available - libraries(target, compute)
 
     def fits(count: int) -> bool:
         windows = line.at(count, round(edges * count / nodes)).windows.values()
@@ -384,11 +390,11 @@ def _budget(line: Line, nodes: int, edges: int, target: Target, keeps: float, mo
     return low * STEP_OF_BUDGET
 
 
-def _terms(traced: Trace, target: Target) -> dict[str, int]:
+def _terms(traced: Trace, target: Target, compute: torch.dtype) -> dict[str, int]:
     terms = {name: traced.terms.get(name, 0) for name in TERMS}
     if target.processes > 1:  # DDP gathers gradients in buckets of its own
         terms["gradients"] += sum(traced.windows["optimizer"].get(name, 0) for name in ("gradients",))
-    terms["framework"] = FRAMEWORK[target.kind]
+    terms["framework"] = libraries(target, compute)
     return {name: round(value) for name, value in terms.items() if value}
 
 
