@@ -150,7 +150,7 @@ def keep_in_host(model: nn.Module, device: torch.device, kind: type[Stream] = St
     """Put a causal LM with its method attached on the device, but for its frozen weights, which are brought when they are used."""
     modules, embedding = streamed(model)
     made = kind(modules, device)
-    stays = {id(weight) for weight in resting(model)}
+    stays = {id(tensor) for tensor in (*resting(model), *(embedding.buffers() if embedding is not None else ()))}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in stays:
             tensor.data = tensor.data.to(device)
