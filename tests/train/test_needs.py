@@ -114,6 +114,7 @@ def test_a_gpu_is_told_in_half_precision_and_by_its_own_memory():
 def test_the_code_of_products_in_half_precision_is_counted_on_a_cpu():
     """oneDNN keeps it for each shape; as many shapes as `weitiao` lets it keep."""
     half, single = (needs(subject(training={"precision": p}), ROOMY).terms["framework"] for p in ("bf16", "fp32"))
+    assert needs(subject(method="full", model={"name": "tiny", "dtype": "bfloat16"}), ROOMY).terms["framework"] == half
     assert half - single == PRODUCTS == int(TORCH_READS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) * 768 << 10
     assert needs(subject(training={"precision": "bf16"}), Target.of_gpu(device_named("24GB"))).terms["framework"] == FRAMEWORK["cuda"]
 

@@ -343,12 +343,12 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
     line = _line(subject, target, layout, checkpointing, rows, len(passes) > 1)
     keeps = 0.0 if target.gives_back else KEEPS[target.kind]
-    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, case.compute, keeps, most)
+    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target), keeps, most)
     passes = subject.passes(largest_step, layout, max(budget, subject.longest))
     rows = max(passes, key=lambda rows: subject.nodes(rows, layout))
     nodes = subject.nodes(rows, layout)
     traced = line.at(nodes, edges_of(rows))
-    terms = _terms(traced, target, case.compute)
+    terms = _terms(traced, target, libraries(case, target))
     total_nodes, tokens = _epoch(subject, layout, budget)
     trainable, total = count_parameters(subject.whole)
     if pages := _file_pages(terms["weights"], total - trainable, case, target):
@@ -369,13 +369,15 @@ def _part(row: Example, tokens: int) -> Example:
     return Example(row.ids[:tokens], row.weights[chosen], row.row)
 
 
-def libraries(target: Target, compute: torch.dtype) -> int:
-    return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and compute in loading.HALVES)
+def libraries(case: Case, target: Target) -> int:
+    """Bytes of what is loaded with the first step; products are in half precision where it is computed in, and where weights are held in it."""
+    held = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, case.compute)
+    return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and not {case.compute, held}.isdisjoint(loading.HALVES))
 
 
-def _budget(line: Line, nodes: int, edges: int, target: Target, compute: torch.dtype, keeps: float, most: int) -> int:
+def _budget(line: Line, nodes: int, edges: int, target: Target, libraries: int, keeps: float, most: int) -> int:
     """Nodes of a pass: as many as `most`, fewer where they would not fit."""
-    room = target.available - libraries(target, compute)
+    room = target.available - libraries
 
     def fits(count: int) -> bool:
         windows = line.at(count, round(edges * count / nodes)).windows.values()
@@ -390,11 +392,11 @@ def _budget(line: Line, nodes: int, edges: int, target: Target, compute: torch.d
     return low * STEP_OF_BUDGET
 
 
-def _terms(traced: Trace, target: Target, compute: torch.dtype) -> dict[str, int]:
+def _terms(traced: Trace, target: Target, libraries: int) -> dict[str, int]:
     terms = {name: traced.terms.get(name, 0) for name in TERMS}
     if target.processes > 1:  # DDP gathers gradients in buckets of its own
         terms["gradients"] += sum(traced.windows["optimizer"].get(name, 0) for name in ("gradients",))
-    terms["framework"] = libraries(target, compute)
+    terms["framework"] = libraries
     return {name: round(value) for name, value in terms.items() if value}
 
 
