@@ -10,7 +10,7 @@ import torch
 from conftest import example
 
 from weitiao.data.batch import trie_batch
-from weitiao.model import attention, cpu
+from weitiao.model import attention, compiled, cpu
 from weitiao.trie import build
 
 KINDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -93,7 +93,7 @@ def test_rows_one_behind_the_other_in_memory_are_read_as_well(plan, kind):
     assert all(torch.equal(a, b) for a, b in zip(apart, dense, strict=True))
 
 
-def test_a_libraries_tiles_are_as_they_were(plan):
+def test_a_library_finds_its_tiles_as_it_left_them(plan):
     if reason := cpu.trouble(torch.bfloat16):
         pytest.skip(reason)
     noise = torch.Generator().manual_seed(2)
@@ -116,8 +116,8 @@ def test_what_it_does_not_compute_is_left_to_others(plan, kind, shape, window, d
 def anew(monkeypatch, tmp_path):
     """As in a process that has not looked for a compiler yet, with an empty cache."""
     monkeypatch.setenv("WEITIAO_CACHE", str(tmp_path / "cache"))
-    for cached in (cpu.trouble, cpu._library, cpu._compiler):
-        monkeypatch.setattr(cpu, cached.__name__, functools.cache(cached.__wrapped__))
+    for module, cached in ((cpu, cpu.trouble), (cpu, cpu._library), (compiled, compiled.library), (compiled, compiled.compiler)):
+        monkeypatch.setattr(module, cached.__name__, functools.cache(cached.__wrapped__))
     return tmp_path
 
 
@@ -156,4 +156,4 @@ def test_it_is_built_once(anew):
         pytest.skip(reason)
     (built,) = (anew / "cache" / "built").iterdir()
     stamp = built.stat().st_mtime_ns
-    assert cpu._built() == built and built.stat().st_mtime_ns == stamp
+    assert compiled._built() == built and built.stat().st_mtime_ns == stamp

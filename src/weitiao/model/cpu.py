@@ -1,44 +1,26 @@
-"""A CPU's own way to attend over a trie: attention_cpu.c, built by the machine's C compiler the first time it is needed.
+"""A CPU's own way to attend over a trie: native/attention.c, which the machine's C compiler builds (`compiled`).
 
     query, key, value ── blocks of 64 keys x 64 queries: skipped, whole, or masked ── out, log-sum-exp; their gradients
 
 Scores stay in the processor's cache, and what no query sees is skipped; float32 goes by vectors, bfloat16 by the matrix tiles
 of AMX. Where there is no compiler, where the processor has no tiles, or where what was built does not compute what it should,
 PyTorch's kernels do it, segment by segment (`attention.ByKeys`): the same numbers, later.
-
-What is built lies in weitiao's cache by the file's content, the compiler and the processor. WEITIAO_COMPILE=0 forbids it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from weitiao.data.batch import Plan
-from weitiao.model.source import cache_folder
+from weitiao.model import compiled
 
-SOURCE = Path(__file__).with_name("attention_cpu.c")
-COMPILERS = ("gcc", "cc", "clang")
-# No -ffast-math: exp2_of rounds by adding a number and taking it away. -fopenmp is not for the link: its calls are answered by the
-# library whose threads torch has started.
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 BLOCK, LANES, TILE = 64, 16, 32
 # What a trial may differ by from float64, relative to the largest number.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-class NotBuilt(Exception):
-    """Why PyTorch's kernels are taken, in a sentence."""
 
 
 class _Tensor(ctypes.Structure):
@@ -75,77 +57,23 @@ def trouble(dtype: torch.dtype) -> str | None:
     """Why PyTorch's kernels are taken for tensors of this type, in a sentence; None if they are not."""
     try:
         library = _library()
-    except NotBuilt as reason:
+    except compiled.NotBuilt as reason:
         return str(reason)
     if dtype is torch.bfloat16 and not library.has_tiles():
         return "This processor has no matrix tiles for bfloat16."
     worst = _trial(dtype)
     if not worst <= TOLERANCES[dtype]:  # a NaN is trouble too
-        return f"What {_compiler()} made of it is off by {worst:.1g}."
+        return f"What {compiled.compiler()} made of it is off by {worst:.1g}."
     return None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """
-    Raises:
-        NotBuilt: no compiler, or what it made cannot be loaded.
-    """
-    if os.environ.get("WEITIAO_COMPILE") == "0":
-        raise NotBuilt("WEITIAO_COMPILE=0 forbids to build it.")
-    built = _built()
-    try:
-        library = ctypes.CDLL(str(built))
-    except OSError as error:
-        raise NotBuilt(f"What {_compiler()} built cannot be loaded: {error}.") from error
+    library = compiled.library()
     library.forward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int]
     library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p]
     library.has_tiles()  # asks for them, too
     return library
-
-
-@functools.cache
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), *COMPILERS):
-        if name and (found := shutil.which(name)):
-            return found
-    raise NotBuilt("No C compiler is here (gcc or clang).")
-
-
-def _built() -> Path:
-    """The library, built unless it lies in the cache."""
-    compiler = _compiler()
-    version = _run([compiler, "--version"])
-    told = "\n".join((SOURCE.read_text("utf-8"), version, " ".join(FLAGS), _processor()))
-    target = cache_folder() / "built" / f"attention-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
-            _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
-            _run([compiler, "-shared", str(part), "-o", str(whole), "-lm"])
-            whole.replace(target)
-    except OSError as error:
-        raise NotBuilt(f"{target.parent} cannot be written to: {error.strerror}.") from error
-    return target
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing was said"])[0]
-        raise NotBuilt(f"{command[0]} ends with {done.returncode}: {said[:200]}")
-    return done.stdout
-
-
-def _processor() -> str:
-    """What -march=native looks at: a cache may be shared by machines that differ."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8", "replace").splitlines() if info.is_file() else []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join(sorted(set(told))) or f"{platform.machine()} {platform.processor()}"
 
 
 def _trial(dtype: torch.dtype) -> float:

@@ -9,7 +9,8 @@ function with its gradient written out, so that
     what is cheap is computed again, not kept         of an MLP its input, gate and up stay; of a norm its input
 
 `fuse(model)` puts them into an instance; parameters, names and files stay those of transformers and PEFT. A module that
-holds or does anything more (a bias in an MLP, DoRA, 8 or 4 bits, a hook, a second adapter) computes as it did.
+holds or does anything more (a bias in an MLP, DoRA, 8 or 4 bits, a hook, a second adapter) computes as it did. On a CPU
+with a compiler the elementwise part is one pass over memory (`elementwise`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from weitiao.model import elementwise
 
 ROWS = 256  # of a chunk of elementwise work: what it touches stays in the processor's cache
 
@@ -197,9 +200,7 @@ class GatedMlp(torch.autograd.Function):
         (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
         gate, gate_inner = _project(flat, wg, ag, bg, scales[0])
         up, up_inner = _project(flat, wu, au, bu, scales[1])
-        inner = torch.empty_like(gate)
-        for part in _chunks(gate):
-            torch.mul(act.of(gate[part]), up[part], out=inner[part])
+        inner = _activated(act, gate, up)
         out, down_inner = _project(inner, wd, ad, bd, scales[2])
         ctx.save_for_backward(flat, gate, up, gate_inner, up_inner, down_inner, *weights)
         ctx.act, ctx.scales = act, scales
@@ -215,13 +216,7 @@ class GatedMlp(torch.autograd.Function):
         d_down = None if ad is None else grad @ bd
         if ad is not None:
             d_inner.addmm_(d_down, ad, alpha=ctx.scales[2])
-        inner = torch.empty_like(gate)
-        d_gate, d_up = torch.empty_like(gate), d_inner
-        for part in _chunks(gate):
-            active = ctx.act.of(gate[part])
-            torch.mul(active, up[part], out=inner[part])
-            d_gate[part] = ctx.act.gradient(d_inner[part] * up[part], gate[part])
-            d_up[part].mul_(active)
+        inner, d_gate, d_up = _activated_back(ctx.act, d_inner, gate, up)
         gradients = _weight_gradients(grad, inner, d_down, down_inner, ctx.scales[2], trains[2])
         del inner
         d_x = None
@@ -236,6 +231,29 @@ class GatedMlp(torch.autograd.Function):
                 if a is not None:
                     d_x.addmm_(narrow, a, alpha=scale)
         return d_x if d_x is None else d_x.view(shape[:-1] + x.shape[-1:]), None, None, *both[0], *both[1], *gradients
+
+
+def _activated(act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """act(gate) * up, [N, intermediate] each"""
+    if act.of is F.silu and elementwise.takes(gate, up):
+        return elementwise.silu_times_up(gate, up)
+    inner = torch.empty_like(gate)
+    for part in _chunks(gate):
+        torch.mul(act.of(gate[part]), up[part], out=inner[part])
+    return inner
+
+
+def _activated_back(act: Activation, d: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(act(gate) * up, the gradient of gate, that of up) from d, the product's, which is overwritten."""
+    if act.of is F.silu and elementwise.takes(d, gate, up):
+        return elementwise.silu_times_up_back(d, gate, up)
+    inner, d_gate = torch.empty_like(gate), torch.empty_like(gate)
+    for part in _chunks(gate):
+        active = act.of(gate[part])
+        torch.mul(active, up[part], out=inner[part])
+        d_gate[part] = act.gradient(d[part] * up[part], gate[part])
+        d[part].mul_(active)
+    return inner, d_gate, d
 
 
 def _project(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> tuple:
@@ -276,7 +294,12 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat = _rows(x)
+        if elementwise.takes(flat, weight):
+            out, factors = elementwise.norm(flat, weight, eps)
+            ctx.save_for_backward(x, weight, factors)
+            return out.view(x.shape)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         wide = torch.promote_types(x.dtype, torch.float32)
         factors = flat.new_empty(len(flat), 1, dtype=wide)
         for part in _chunks(flat):
@@ -289,7 +312,10 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, factors = ctx.saved_tensors
-        flat, given, d_x = _rows(x), _rows(grad), torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat, given = _rows(x), _rows(grad)
+        if not ctx.needs_input_grad[1] and elementwise.takes(given, flat, weight):
+            return elementwise.norm_back(given, flat, weight, factors).view(x.shape), None, None
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         d_weight = torch.zeros_like(weight, dtype=factors.dtype) if ctx.needs_input_grad[1] else None
         for part in _chunks(flat):
             normed = flat[part] * factors[part]

@@ -1,5 +1,5 @@
 /* Attention over a trie on a CPU: each key is seen by a range of queries, so a block of 64 keys and 64 queries is either skipped, taken
- * whole, or masked row by row. compiled.py builds this file with the machine's own compiler and calls it.
+ * whole, or masked row by row. compiled.py builds this file with the machine's own compiler, cpu.py calls it.
  *
  * Scores stand transposed, [key][query]: a vector holds 16 queries, so that a softmax over keys needs no sum across a vector, and the
  * queries that see a key are a range of its row. Forward: the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867); backward:
@@ -9,13 +9,7 @@
  * What is added up in which order depends on the number of threads alone.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -23,13 +17,7 @@
 #endif
 
 #define B 64 /* keys, and queries, of a block */
-#define LANES 16
 #define VECTORS (B / LANES)
-#define LOG2E 1.4426950408889634f
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t half; /* the bits of a bfloat16 */
 
 /* [heads][rows][width], the last one dense; strides in elements. */
 typedef struct {
@@ -45,45 +33,6 @@ typedef struct {
     Tensor query, key, value, out, grad, d_query, d_key, d_value;
     float *lse;
 } Job;
-
-static const ints ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-static inline vec all(float x) { return x - (vec){}; }
-static inline vec only(ints mask, vec x) { return (vec)((ints)x & mask); }
-static inline vec choose(ints mask, vec a, vec b) { return (vec)(((ints)a & mask) | ((ints)b & ~mask)); }
-
-static inline vec larger(vec a, vec b) {
-#ifdef __AVX512F__
-    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return choose(a > b, a, b);
-#endif
-}
-
-/* 2^x for x <= 0, to 2e-7 of it; what it makes of a larger x is masked by those who ask. The nearest integer goes into the exponent, a
- * Taylor polynomial takes the rest, |r| <= 1/2. Below 2^-64 it is 0: nothing is lost beside a 1, and no product of two such numbers is so
- * small that the processor slows down. */
-static inline vec exp2_of(vec x) {
-#ifdef __AVX512F__
-    vec whole = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - whole;
-#else
-    vec bounded = larger(x, all(-64.0f));
-    vec shifted = bounded + 12582912.0f; /* 1.5 * 2^23: rounds to an integer in the lowest bits */
-    vec r = bounded - (shifted - 12582912.0f);
-#endif
-    vec p = all(1.5403530e-4f);
-    p = p * r + 1.3333558e-3f;
-    p = p * r + 9.6181291e-3f;
-    p = p * r + 5.5504109e-2f;
-    p = p * r + 2.4022651e-1f;
-    p = p * r + 6.9314718e-1f;
-    p = p * r + 1.0f;
-#ifdef __AVX512F__
-    return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-64.0f), _CMP_GT_OQ), (__m512)p, (__m512)whole);
-#else
-    return only(x > -64.0f, (vec)((ints)p + ((ints)shifted << 23)));
-#endif
-}
 
 /* Which queries each block of keys is seen by: hull by any of its keys, whole by all of them. */
 typedef struct {
@@ -278,8 +227,7 @@ static void backward_block(const Job *job, const Seen *seen, long head, long q0,
         lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
         vec sum = {};
         for (int d = 0; q < rows && d < width; d += LANES) sum += *(vec *)(of(&job->grad, head, q0 + q) + d) * *(vec *)(of(&job->out, head, q0 + q) + d);
-        delta[q] = 0;
-        for (int lane = 0; lane < LANES; lane++) delta[q] += sum[lane];
+        delta[q] = sum_of(sum);
     }
     memset(d_query, 0, B * width * sizeof(float));
     for (long k0 = 0; k0 < job->keys; k0 += B) {
@@ -466,7 +414,7 @@ static void backward_block_tiles(const Job *job, const Seen *seen, long head, lo
         vec sum = {};
         for (int d = 0; q < rows && d < width; d += LANES)
             sum += eight_and_eight(g_rows + q * job->grad.row + d) * eight_and_eight(half_of(&job->out, head, q0 + q) + d);
-        delta[q] = _mm512_reduce_add_ps((__m512)sum);
+        delta[q] = sum_of(sum);
         lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
     }
     memset(d_query, 0, B * width * sizeof(float));

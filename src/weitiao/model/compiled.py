@@ -1,0 +1,92 @@
+"""C of our own, built by the machine's C compiler the first time it is needed: one library of all files in `native/`.
+
+What is built lies in weitiao's cache by the files' content, the compiler and the processor. Where there is no compiler, or where what
+was built does not compute what it should, PyTorch's kernels do the work: the same numbers, later. WEITIAO_COMPILE=0 forbids it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from weitiao.model.source import cache_folder
+
+FILES = tuple(sorted(Path(__file__).with_name("native").glob("*.[ch]")))
+COMPILERS = ("gcc", "cc", "clang")
+# No -ffast-math: rounding by adding a number and taking it away would be optimized away. -fopenmp is not for the link: its calls are
+# answered by the library whose threads torch has started.
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+
+
+class NotBuilt(Exception):
+    """Why PyTorch's kernels are taken, in a sentence."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """
+    Raises:
+        NotBuilt: no compiler, or what it made cannot be loaded.
+    """
+    if os.environ.get("WEITIAO_COMPILE") == "0":
+        raise NotBuilt("WEITIAO_COMPILE=0 forbids to build it.")
+    try:
+        built = ctypes.CDLL(str(_built()))
+    except OSError as error:
+        raise NotBuilt(f"What {compiler()} built cannot be loaded: {error}.") from error
+    return built
+
+
+@functools.cache
+def compiler() -> str:
+    for name in (os.environ.get("CC"), *COMPILERS):
+        if name and (found := shutil.which(name)):
+            return found
+    raise NotBuilt("No C compiler is here (gcc or clang).")
+
+
+def _built() -> Path:
+    """The library, built unless it lies in the cache."""
+    named = compiler()
+    told = "\n".join((*(file.read_text("utf-8") for file in FILES), _run([named, "--version"]), " ".join(FLAGS), _processor()))
+    target = cache_folder() / "built" / f"native-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            parts = {file: Path(folder, f"{file.stem}.o") for file in FILES if file.suffix == ".c"}
+            for file, part in parts.items():
+                _run([named, *FLAGS, "-c", str(file), "-o", str(part)])
+            whole = Path(folder, "whole.so")
+            _run([named, "-shared", *map(str, parts.values()), "-o", str(whole), "-lm"])
+            whole.replace(target)
+    except OSError as error:
+        raise NotBuilt(f"{target.parent} cannot be written to: {error.strerror}.") from error
+    return target
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotBuilt(f"{command[0]} cannot be run: {error}.") from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing was said"])[0]
+        raise NotBuilt(f"{command[0]} ends with {done.returncode}: {said[:200]}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native looks at: a cache may be shared by machines that differ."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8", "replace").splitlines() if info.is_file() else []
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(sorted(set(told))) or f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,97 @@
+"""Elementwise work of a decoder layer in one pass over memory: native/elementwise.c, for whoever asks `takes` first.
+
+A processor waits for memory here, not for arithmetic: PyTorch's operations each read and write all numbers, these do it once. They
+round once at the end, where a row of operations in bfloat16 rounds after each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn import functional as F
+
+from weitiao.model import compiled
+
+LANES = 16
+TOLERANCE = 1e-5  # what a trial may differ by from float64, relative to the largest number
+
+_pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+ARGUMENTS = {
+    "silu_times_up": [_pointer] * 3 + [_long] * 2,
+    "silu_times_up_back": [_pointer] * 5 + [_long] * 2,
+    "norm": [_pointer] * 4 + [_float] + [_long] * 3,
+    "norm_back": [_pointer] * 5 + [_long] * 3,
+}
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Are all of these dense, of one type that it computes, in whole vectors on a CPU, and is it built here?"""
+    kind = tensors[0].dtype
+    return kind in (torch.float32, torch.bfloat16) and all(
+        x.dtype is kind and x.device.type == "cpu" and x.is_contiguous() and x.shape[-1] % LANES == 0 and not isinstance(x, FakeTensor) for x in tensors
+    ) and trouble() is None
+
+
+@functools.cache
+def trouble() -> str | None:
+    """Why PyTorch's operations are taken, in a sentence; None if they are not."""
+    try:
+        library = compiled.library()
+    except compiled.NotBuilt as reason:
+        return str(reason)
+    for name, arguments in ARGUMENTS.items():
+        getattr(library, name).argtypes = [*arguments, ctypes.c_int]
+        getattr(library, name).restype = None
+    worst = _trial()
+    return None if worst <= TOLERANCE else f"What {compiled.compiler()} made of it is off by {worst:.1g}."  # a NaN is trouble too
+
+
+def silu_times_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up: [N, intermediate] each."""
+    out = torch.empty_like(gate)
+    _call("silu_times_up", gate, up, out, gate.numel())
+    return out
+
+
+def silu_times_up_back(d: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(silu(gate) * up, the gradient of gate, that of up) from d, the product's; the last is written over d. [N, intermediate] each."""
+    inner, d_gate = torch.empty_like(gate), torch.empty_like(gate)
+    _call("silu_times_up_back", d, gate, up, inner, d_gate, gate.numel())
+    return inner, d_gate, d
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight * x / rms(x), 1 / rms(x)): x [N, width] -> [N, width] and float32 [N, 1]."""
+    out, factors = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
+    _call("norm", x, weight, out, factors, eps, *x.shape)
+    return out, factors
+
+
+def norm_back(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """The gradient of x."""
+    out = torch.empty_like(x)
+    _call("norm_back", grad, x, weight, factors, out, *x.shape)
+    return out
+
+
+def _call(name: str, first: torch.Tensor, *rest: torch.Tensor | int | float) -> None:
+    given = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (first, *rest))
+    getattr(compiled.library(), name)(*given, torch.get_num_threads(), first.dtype is torch.bfloat16)
+
+
+def _trial() -> float:
+    """Largest difference from float64, relative, of all of these in float32."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+        noise = torch.Generator().manual_seed(0)
+        gate, up, d = (3 * torch.randn(5, 48, generator=noise) for _ in range(3))
+        weight = torch.randn(48, generator=noise)
+        exact = [x.double().requires_grad_() for x in (gate, up)]
+        product = F.silu(exact[0]) * exact[1]
+        normed = F.rms_norm(exact[0], (48,), weight.double(), 1e-5)
+        judge = [product, product, *torch.autograd.grad(product, exact, d.double()), normed, *torch.autograd.grad(normed, exact[0], d.double())]
+        out, factors = norm(gate, weight, 1e-5)
+        ours = [silu_times_up(gate, up), *silu_times_up_back(d.clone(), gate, up), out, norm_back(d, gate, weight, factors)]
+        return max(float((a.double() - b.detach()).abs().max() / b.detach().abs().max()) for a, b in zip(ours, judge, strict=True))

@@ -1,0 +1,83 @@
+/* What a decoder layer does to each number beside its products: read once, written once. compiled.py builds this file, elementwise.py calls it.
+ *
+ * Numbers are float32 or, where halves is 1, bfloat16 in memory, and float32 in between: rounded once, at the end. Rows are whole
+ * vectors: their width is a multiple of 16.
+ */
+
+#include "vectors.h"
+
+typedef uint16_t sixteen_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vec get(const void *from, long i, int halves) {
+    if (!halves) return *(const vec *)((const float *)from + i);
+    return (vec)(__builtin_convertvector(*(const sixteen_halves *)((const half *)from + i), bits) << 16);
+}
+
+/* Rounded to the nearest, ties to even; what is no number stays none. */
+static inline void put(void *to, long i, vec x, int halves) {
+    if (!halves) {
+        *(vec *)((float *)to + i) = x;
+        return;
+    }
+    bits number = (bits)x, none = (bits)(x != x) & 0x7fc0, up = (number + 0x7fff + (number >> 16 & 1)) >> 16;
+    *(sixteen_halves *)((half *)to + i) = __builtin_convertvector(none | (up & (bits)(x == x)), sixteen_halves);
+}
+
+static inline vec sigmoid(vec x) {
+    vec size = larger(x, -x), t = exp2_of(-size * LOG2E), each = 1.0f / (1.0f + t);
+    return choose(x > 0.0f, each, t * each);
+}
+
+/* out = silu(gate) up; count numbers. */
+void silu_times_up(const void *gate, const void *up, void *out, long count, long threads, int halves) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < count; i += LANES) {
+        vec g = get(gate, i, halves);
+        put(out, i, g * sigmoid(g) * get(up, i, halves), halves);
+    }
+}
+
+/* From d = the gradient of silu(gate) up: inner = silu(gate) up, d_gate, and d_up in the place of d. */
+void silu_times_up_back(void *d, const void *gate, const void *up, void *inner, void *d_gate, long count, long threads, int halves) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < count; i += LANES) {
+        vec g = get(gate, i, halves), u = get(up, i, halves), given = get(d, i, halves), s = sigmoid(g), active = g * s;
+        put(inner, i, active * u, halves);
+        put(d_gate, i, given * u * (s + active * (1.0f - s)), halves);
+        put(d, i, given * active, halves);
+    }
+}
+
+/* factors [rows] = 1 / sqrt(mean(x^2) + eps); out = weight round(x factor), as transformers rounds. x, out [rows][width]. */
+void norm(const void *x, const void *weight, void *out, float *factors, float eps, long rows, long width, long threads, int halves) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        long at = row * width;
+        vec squares = {};
+        for (long i = 0; i < width; i += LANES) {
+            vec v = get(x, at + i, halves);
+            squares += v * v;
+        }
+        float factor = 1.0f / sqrtf(sum_of(squares) / width + eps);
+        factors[row] = factor;
+        for (long i = 0; i < width; i += LANES) {
+            put(out, at + i, get(x, at + i, halves) * factor, halves);
+            put(out, at + i, get(out, at + i, halves) * get(weight, i, halves), halves);
+        }
+    }
+}
+
+/* d_x = factor (d - n mean(d n)), n = x factor, d = weight grad. */
+void norm_back(const void *grad, const void *x, const void *weight, const float *factors, void *d_x, long rows, long width, long threads, int halves) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        long at = row * width;
+        float factor = factors[row];
+        vec both = {};
+        for (long i = 0; i < width; i += LANES) both += get(grad, at + i, halves) * get(weight, i, halves) * get(x, at + i, halves);
+        float share = sum_of(both) * factor * factor / width;
+        for (long i = 0; i < width; i += LANES)
+            put(d_x, at + i, (get(grad, at + i, halves) * get(weight, i, halves) - get(x, at + i, halves) * share) * factor, halves);
+    }
+}

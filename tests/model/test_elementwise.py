@@ -1,0 +1,64 @@
+"""Elementwise work as this machine's compiler built it, judged by PyTorch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from weitiao.model import elementwise
+
+KINDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(params=list(KINDS), ids=str)
+def kind(request):
+    if reason := elementwise.trouble():
+        pytest.skip(reason)
+    return request.param
+
+
+def drawn(kind, *shape, count=3, size=4.0):
+    noise = torch.Generator().manual_seed(0)
+    return [(size * torch.randn(shape, generator=noise)).to(kind) for _ in range(count)]
+
+
+def off(ours, exact) -> float:
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_silu_times_up_and_its_gradients(kind, rows):
+    gate, up, d = drawn(kind, rows, 48)
+    exact = [x.double().requires_grad_() for x in (gate, up)]
+    product = F.silu(exact[0]) * exact[1]
+    judge = [product.detach(), *torch.autograd.grad(product, exact, d.double())]
+    assert off([elementwise.silu_times_up(gate, up)], judge[:1]) < KINDS[kind]
+    assert off(elementwise.silu_times_up_back(d.clone(), gate, up), judge) < KINDS[kind]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_norm_and_its_gradient(kind, rows):
+    x, d = drawn(kind, rows, 48, count=2)
+    (weight,) = drawn(kind, 48, count=1)
+    exact = x.double().requires_grad_()
+    normed = F.rms_norm(exact, (48,), weight.double(), 1e-5)
+    out, factors = elementwise.norm(x, weight, 1e-5)
+    assert off([out, elementwise.norm_back(d, x, weight, factors)], [normed.detach(), *torch.autograd.grad(normed, exact, d.double())]) < 2 * KINDS[kind]
+
+
+def test_far_numbers_and_those_that_are_none_stay_so(kind):
+    gate = torch.tensor([[0.0, -0.0, 80.0, -80.0, 1e30, -1e30, float("inf"), float("nan"), *[1.0] * 8]]).to(kind)
+    ours, theirs = elementwise.silu_times_up(gate, torch.ones_like(gate)), F.silu(gate.double())
+    assert bool(ours[0, 7].isnan())
+    assert torch.allclose(ours[0, :7].double(), theirs[0, :7], rtol=KINDS[kind], atol=1e-15)
+
+
+def test_what_it_does_not_compute_is_left_to_pytorch(kind):
+    whole = torch.ones(4, 32, dtype=kind)
+    assert elementwise.takes(whole, whole)
+    assert not elementwise.takes(whole, whole.double())
+    assert not elementwise.takes(whole[:, :17])
+    assert not elementwise.takes(torch.ones(4, 24, dtype=kind))
+    assert not elementwise.takes(torch.ones(32, 4, dtype=kind).t())
+    assert not elementwise.takes(torch.ones(4, 32, dtype=torch.float16))
