@@ -62,3 +62,30 @@ def test_what_it_does_not_compute_is_left_to_pytorch(kind):
     assert not elementwise.takes(torch.ones(4, 24, dtype=kind))
     assert not elementwise.takes(torch.ones(32, 4, dtype=kind).t())
     assert not elementwise.takes(torch.ones(4, 32, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_rotary_positions_and_their_gradient_are_transformers(kind, dense):
+    from transformers.models.llama import modeling_llama
+
+    original = getattr(modeling_llama.apply_rotary_pos_emb, "__wrapped__", modeling_llama.apply_rotary_pos_emb)
+    query, d = (x.transpose(1, 2) for x in drawn(kind, 1, 9, 3, 64, count=2))
+    query = query.contiguous() if dense else query
+    cos, sin = drawn(kind, 1, 9, 64, count=2, size=0.5)
+    exact = query.double().requires_grad_()
+    turned, _ = original(exact, exact, cos.double(), sin.double())
+    assert elementwise.rotates(query, cos, sin)
+    ours = [elementwise.rotate(query, cos, sin), elementwise.rotate(d, cos, sin, back=True)]
+    assert off(ours, [turned.detach(), *torch.autograd.grad(turned, exact, d.double())]) < KINDS[kind]
+
+
+@pytest.mark.parametrize("words", [16, 5_008])
+def test_cross_entropy_and_its_gradient(kind, words):
+    (logits,) = drawn(kind, 9, words, count=1)
+    targets, weights = torch.randint(words, (9,), generator=torch.Generator().manual_seed(1)), torch.linspace(0, 2, 9)
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, targets, reduction="none") * weights.double()
+    (judge,) = torch.autograd.grad(losses.sum(), exact)
+    ours = elementwise.cross_entropy(logits, targets, weights)
+    assert off([ours], [losses.detach()]) < 1e-6  # bfloat16 logits are exact here, and their sums are not in bfloat16
+    assert off([logits], [judge]) < KINDS[kind]

@@ -24,6 +24,8 @@ ARGUMENTS = {
     "silu_times_up_back": [_pointer] * 5 + [_long] * 2,
     "norm": [_pointer] * 4 + [_float] + [_long] * 3,
     "norm_back": [_pointer] * 5 + [_long] * 3,
+    "rotate": [_pointer] * 4 + [_long] * 6,
+    "cross_entropy": [_pointer] * 4 + [_long] * 2,
 }
 
 
@@ -33,6 +35,12 @@ def takes(*tensors: torch.Tensor) -> bool:
     return kind in (torch.float32, torch.bfloat16) and all(
         x.dtype is kind and x.device.type == "cpu" and x.is_contiguous() and x.shape[-1] % LANES == 0 and not isinstance(x, FakeTensor) for x in tensors
     ) and trouble() is None
+
+
+def rotates(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """The same of `rotate`, whose x need be dense in its last dimension only."""
+    return (takes(cos, sin) and x.dtype is cos.dtype and x.device == cos.device and x.dim() == 4 and x.stride(-1) == 1
+            and cos.shape == sin.shape == (1, x.shape[2], x.shape[3]) and len(x) == 1 and x.shape[3] % (2 * LANES) == 0)
 
 
 @functools.cache
@@ -77,6 +85,23 @@ def norm_back(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, factors
     return out
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), halves paired: x [1, heads, T, d], cos and sin [1, T, d] -> [1, heads, T, d],
+    heads side by side in memory. back: the gradient of x from that of what comes out."""
+    _, heads, rows, width = x.shape
+    out = x.new_empty(1, rows, heads, width)
+    _call("rotate", x, cos, sin, out, x.stride(1), x.stride(2), heads, rows, width, int(back))
+    return out.transpose(1, 2)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """weight * nll of each row, float32 [E]; logits [E, vocabulary] are overwritten by the gradient of their sum. targets int64 [E],
+    weights float32 [E]."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    _call("cross_entropy", logits, targets.contiguous(), weights.contiguous(), losses, *logits.shape)
+    return losses
+
+
 def _call(name: str, first: torch.Tensor, *rest: torch.Tensor | int | float) -> None:
     given = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (first, *rest))
     getattr(compiled.library(), name)(*given, torch.get_num_threads(), first.dtype is torch.bfloat16)
@@ -94,4 +119,14 @@ def _trial() -> float:
         judge = [product, product, *torch.autograd.grad(product, exact, d.double()), normed, *torch.autograd.grad(normed, exact[0], d.double())]
         out, factors = norm(gate, weight, 1e-5)
         ours = [silu_times_up(gate, up), *silu_times_up_back(d.clone(), gate, up), out, norm_back(d, gate, weight, factors)]
+        x, cos, sin, d = (torch.randn(1, heads, 5, 32, generator=noise) for heads in (3, 1, 1, 3))
+        exact = x.double().requires_grad_()
+        turned = exact * cos + torch.cat([-exact[..., 16:], exact[..., :16]], -1) * sin
+        judge += [turned, *torch.autograd.grad(turned, exact, d.double())]
+        ours += [rotate(x, cos[0], sin[0]), rotate(d, cos[0], sin[0], back=True)]
+        logits, targets, weights = 3 * torch.randn(5, 48, generator=noise), torch.tensor([0, 15, 16, 47, 7]), torch.rand(5, generator=noise)
+        exact = logits.double().requires_grad_()
+        losses = F.cross_entropy(exact, targets, reduction="none") * weights.double()
+        judge += [losses, *torch.autograd.grad(losses.sum(), exact)]
+        ours += [cross_entropy(logits, targets, weights), logits]
         return max(float((a.double() - b.detach()).abs().max() / b.detach().abs().max()) for a, b in zip(ours, judge, strict=True))

@@ -1,4 +1,4 @@
-"""What a decoder layer computes, in fewer passes over memory: LoRA's linears, gated MLPs, RMS norms.
+"""What a decoder layer computes, in fewer passes over memory: LoRA's linears, gated MLPs, RMS norms, rotary positions.
 
 On a CPU half of a step's time goes into reading and writing what products leave behind: copies between types, a scaled
 update beside a product and their sum, an activation and what it is multiplied with. Here each of these three is one
@@ -16,6 +16,7 @@ with a compiler the elementwise part is one pass over memory (`elementwise`).
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ ROWS = 256  # of a chunk of elementwise work: what it touches stays in the proce
 # Modules of transformers whose forward is down(act(gate(x)) * up(x)), and those whose forward is weight * x / rms(x).
 GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP", "Olmo2MLP"}
 RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm"}
+# Those beside which stands an apply_rotary_pos_emb(query, key, cos, sin) that pairs halves.
+ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "SmolLM3Attention"}
 
 
 class Activation(NamedTuple):
@@ -56,6 +59,8 @@ def fuse(model: nn.Module) -> None:
             _put(module, _gated_forward)
         elif kind in RMS_NORMS:
             _put(module, _norm_forward)
+        elif kind in ROTARY and type(module).__module__.startswith("transformers.models."):
+            _rotate_by_ours(sys.modules[type(module).__module__])
 
 
 def _put(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
@@ -325,3 +330,37 @@ class RmsNorm(torch.autograd.Function):
                 d_weight += (given[part] * normed).sum(0)
             _rows(d_x)[part] = d.sub_(normed.mul_(share)).mul_(factors[part])
         return d_x if ctx.needs_input_grad[0] else None, None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+# -------------------------------------------------------------------------------------------------------------- rotary
+
+
+def _rotate_by_ours(modeling: Any) -> None:
+    """Let a file of transformers turn queries and keys by `Rotated`, where it can. No layer holds this function: it is replaced where
+    it stands, once, for all models of this file."""
+    original = modeling.apply_rotary_pos_emb
+    if hasattr(original, "by_weitiao"):
+        return
+
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(query, key, cos, sin, *args, **kwargs):
+        if args or kwargs or not (elementwise.rotates(query, cos, sin) and elementwise.rotates(key, cos, sin)):
+            return original(query, key, cos, sin, *args, **kwargs)
+        return Rotated.apply(query, cos, sin), Rotated.apply(key, cos, sin)
+
+    apply_rotary_pos_emb.by_weitiao = True
+    modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
+
+
+class Rotated(torch.autograd.Function):
+    """`elementwise.rotate` and its gradient, which turns back. cos and sin are not learned."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return elementwise.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return elementwise.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, back=True), None, None

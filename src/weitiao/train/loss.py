@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from weitiao.model import elementwise
+
 from weitiao.model.offload import keeping
 from weitiao.model.stream import head_there
 
@@ -161,6 +163,8 @@ def _add_product(hidden, targets, weights, head, transform, head_parameters, d_h
 
 def _in_place(logits, targets, weights, transform) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, its gradient by the logits), which overwrites them: weight * (softmax - one at the target)."""
+    if elementwise.takes(logits) and weights.dtype is torch.float32:
+        return elementwise.cross_entropy(logits, targets, weights).sum(), logits
     wide, targets, weights = _wide(logits), targets[:, None], weights[:, None]
     top, at_target = wide.amax(-1, keepdim=True), wide.gather(1, targets)
     total = wide.sub_(top).exp_().sum(-1, keepdim=True)

@@ -14,6 +14,8 @@ static inline vec get(const void *from, long i, int halves) {
     return (vec)(__builtin_convertvector(*(const sixteen_halves *)((const half *)from + i), bits) << 16);
 }
 
+static inline float one_of(const half *x) { return (union { uint32_t bits; float number; }){(uint32_t)*x << 16}.number; }
+
 /* Rounded to the nearest, ties to even; what is no number stays none. */
 static inline void put(void *to, long i, vec x, int halves) {
     if (!halves) {
@@ -79,5 +81,47 @@ void norm_back(const void *grad, const void *x, const void *weight, const float 
         float share = sum_of(both) * factor * factor / width;
         for (long i = 0; i < width; i += LANES)
             put(d_x, at + i, (get(grad, at + i, halves) * get(weight, i, halves) - get(x, at + i, halves) * share) * factor, halves);
+    }
+}
+
+/* Each pair (i, i + width / 2) of a head turned by its row's angle, or back. x: strides head and row, out [rows][heads][width], cos and sin
+ * [rows][width]. */
+void rotate(const void *x, const void *cos, const void *sin, void *out, long head, long row, long heads, long rows, long width, long back, long threads, int halves) {
+    long half_way = width / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long r = 0; r < rows; r++)
+        for (long h = 0; h < heads; h++)
+            for (long i = 0; i < half_way; i += LANES) {
+                long from = h * head + r * row + i, at = r * width + i, to = (r * heads + h) * width + i;
+                vec first = get(x, from, halves), second = get(x, from + half_way, halves);
+                vec one = get(sin, back ? at + half_way : at, halves), other = get(sin, back ? at : at + half_way, halves);
+                if (back) one = -one, other = -other;
+                put(out, to, first * get(cos, at, halves) - second * one, halves);
+                put(out, to + half_way, second * get(cos, at + half_way, halves) + first * other, halves);
+            }
+}
+
+/* losses [rows] = weight (log sum exp - logit of the target); logits [rows][words] become their gradient, weight (softmax - 1 at the target). */
+void cross_entropy(void *logits, const int64_t *targets, const float *weights, float *losses, long rows, long words, long threads, int halves) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        long at = row * words, target = at + targets[row];
+        vec most = get(logits, at, halves);
+        for (long i = LANES; i < words; i += LANES) most = larger(most, get(logits, at + i, halves));
+        float top = most[0], said = halves ? one_of((half *)logits + target) : ((float *)logits)[target];
+        for (int lane = 1; lane < LANES; lane++) top = most[lane] > top ? most[lane] : top;
+        double total = 0;
+        for (long begin = 0; begin < words; begin += 4096) { /* many small numbers are lost beside a large sum */
+            vec sum = {};
+            for (long i = begin; i < begin + 4096 && i < words; i += LANES) sum += exp2_of((get(logits, at + i, halves) - top) * LOG2E);
+            total += sum_of(sum);
+        }
+        losses[row] = weights[row] * (log(total) + ((double)top - said));
+        float share = weights[row] / total;
+        for (long i = 0; i < words; i += LANES) {
+            vec p = exp2_of((get(logits, at + i, halves) - top) * LOG2E) * share;
+            if (target >= at + i && target < at + i + LANES) p[target - at - i] -= weights[row];
+            put(logits, at + i, p, halves);
+        }
     }
 }
