@@ -157,3 +157,24 @@ def test_it_is_built_once(anew):
     (built,) = (anew / "cache" / "built").iterdir()
     stamp = built.stat().st_mtime_ns
     assert compiled._built() == built and built.stat().st_mtime_ns == stamp
+
+
+def test_other_types_are_named_and_not_tried():
+    assert cpu.trouble(torch.float16) == "It computes float32 and bfloat16, not float16."
+
+
+def test_what_is_no_number_stays_none(plan, kind):
+    *inputs, _ = drawn(plan, kind)
+    inputs[0][0, 3, 100] = float("nan")
+    out = cpu.attend(*inputs, plan, 0.2, None, 0.0)
+    assert bool(out[0, 3, 100].isnan().all()) and int(out.isnan().sum()) == out.shape[-1]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "threads"), [(1, 1, 3), (8, 8, 3), (9, 3, 2), (12, 2, 5), (32, 8, 7), (6, 6, 64)])
+def test_each_thread_has_room_for_the_heads_it_meets(plan, kind, heads, kv_heads, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert off(plan, kind, heads=heads, kv_heads=kv_heads, width=32) < KINDS[kind]
+    finally:
+        torch.set_num_threads(before)

@@ -89,3 +89,25 @@ def test_cross_entropy_and_its_gradient(kind, words):
     ours = elementwise.cross_entropy(logits, targets, weights)
     assert off([ours], [losses.detach()]) < 1e-6  # bfloat16 logits are exact here, and their sums are not in bfloat16
     assert off([logits], [judge]) < KINDS[kind]
+
+
+def test_the_first_call_may_be_inside_a_checkpoint(kind):
+    """What the trial saves is not the layer's: the recomputed layer, which has no trial, would save less."""
+    from torch.utils.checkpoint import checkpoint
+
+    elementwise.trouble.cache_clear()
+    x = torch.randn(4, 32, requires_grad=True)
+
+    def layer(x):
+        assert elementwise.takes(x.detach())
+        return x.sin().cos()
+
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert torch.allclose(x.grad, -x.detach().sin().sin() * x.detach().cos())
+
+
+def test_a_logit_that_is_no_number_is_seen_in_the_loss(kind):
+    logits = torch.zeros(2, 32, dtype=kind)
+    logits[1, 20] = float("nan")
+    losses = elementwise.cross_entropy(logits, torch.tensor([1, 1]), torch.ones(2))
+    assert bool(losses[0].isfinite()) and bool(losses[1].isnan())

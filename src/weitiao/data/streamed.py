@@ -106,10 +106,10 @@ class Streamed:
         """
         with self.changed:
             self.changed.wait_for(lambda: self.starts[-1] >= count or self.ended or self.stopped)
+            if self.starts[-1] < count and self.stopped and not self.whole:  # before an error: whoever stops us may stop the encoders too
+                raise GivenUp
             if self.starts[-1] < count and self.error:
                 raise self.error
-            if self.starts[-1] < count and self.stopped and not self.whole:
-                raise GivenUp
             return min(count, self.starts[-1])
 
     def __getitem__(self, i: int) -> TrainingRow:
@@ -173,8 +173,9 @@ class Streamed:
         known = self.cache.find(self.asked, self.max_tokens, "classify" if classified else "answer")
         if known:
             rest = known.rows.of(slice(self.starts[-1], None))
-            self.skipped, self.read, self.whole = known.skipped, len(known.rows) + len(known.skipped), True
+            self.skipped, self.read = known.skipped, len(known.rows) + len(known.skipped)
             self._publish(lambda: rest, len(rest))
+            self.whole = True
         return known is not None
 
     def _take_rest(self) -> None:

@@ -14,7 +14,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from weitiao.model.source import cache_folder
 
@@ -23,6 +28,14 @@ COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: rounding by adding a number and taking it away would be optimized away. -fopenmp is not for the link: its calls are
 # answered by the library whose threads torch has started.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """A trial does not mix with what surrounds the first call: tensors without numbers, a checkpoint that counts what is saved, autocast."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), \
+            torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 class NotBuilt(Exception):

@@ -13,7 +13,8 @@ import ctypes
 import functools
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from weitiao.data.batch import Plan
 from weitiao.model import compiled
@@ -55,12 +56,14 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 @functools.cache
 def trouble(dtype: torch.dtype) -> str | None:
     """Why PyTorch's kernels are taken for tensors of this type, in a sentence; None if they are not."""
+    if dtype not in TOLERANCES:
+        return f"It computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}."
     try:
         library = _library()
     except compiled.NotBuilt as reason:
         return str(reason)
     if dtype is torch.bfloat16 and not library.has_tiles():
-        return "This processor has no matrix tiles for bfloat16."
+        return "There are no matrix tiles for bfloat16 in this processor, or none that its compiler knows."
     worst = _trial(dtype)
     if not worst <= TOLERANCES[dtype]:  # a NaN is trouble too
         return f"What {compiled.compiler()} made of it is off by {worst:.1g}."
@@ -71,22 +74,20 @@ def trouble(dtype: torch.dtype) -> str | None:
 def _library() -> ctypes.CDLL:
     library = compiled.library()
     library.forward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int]
-    library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p]
+    library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p, ctypes.c_long]
     library.has_tiles()  # asks for them, too
     return library
 
 
 def _trial(dtype: torch.dtype) -> float:
     """Largest difference from float64, relative, of output and gradients: 150 queries, the second half in two branches."""
-    # Apart from whatever surrounds the first call: a plan without numbers, a checkpoint's hooks, autocast.
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), \
-            torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+    with compiled.apart():
         last = torch.full((150,), 150, dtype=torch.int32)
         last[75:110] = 110
         first = torch.arange(150, dtype=torch.int32)
         sees = (first[None] <= first[:, None]) & (first[:, None] < last[None])
         noise = torch.Generator().manual_seed(0)
-        *inputs, cotangent = (torch.randn(1, 150, heads, 64, generator=noise).to(dtype).transpose(1, 2) for heads in (4, 2, 2, 4))
+        *inputs, cotangent = (torch.randn(1, 150, heads, 96, generator=noise).to(dtype).transpose(1, 2) for heads in (4, 2, 2, 4))
         ours, exact = ([x.to(kind, copy=True).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
         out = ByBlocks.apply(*ours, first, last, 0.2)
         judge = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=sees, scale=0.2, enable_gqa=True)
@@ -120,24 +121,32 @@ class ByBlocks(torch.autograd.Function):
         if not isinstance(query, FakeTensor):
             job = _job(scale, first, last, lse, query=query, key=key, value=value, out=out)
             if _library().forward(job, query.dtype is torch.bfloat16):
-                raise MemoryError("attention")
+                raise MemoryError("No memory for the blocks of attention.")
         ctx.save_for_backward(query, key, value, out, lse, first, last)
         ctx.scale = scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse, first, last = ctx.saved_tensors
         grad = _dense_rows(grad)
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        places = -(-key.shape[2] // BLOCK) * BLOCK
-        sums = query.new_zeros(torch.get_num_threads(), 2, key.shape[1], places, key.shape[3], dtype=torch.float32)
+        sums = query.new_zeros(*_room_for_sums(query, key, torch.get_num_threads()), dtype=torch.float32)
         if not isinstance(query, FakeTensor):
             job = _job(ctx.scale, first, last, lse, query=query, key=key, value=value, out=out, grad=grad,
                        d_query=d_query, d_key=d_key, d_value=d_value)
-            if _library().backward(job, query.dtype is torch.bfloat16, sums.data_ptr()):
-                raise MemoryError("attention")
+            if _library().backward(job, query.dtype is torch.bfloat16, sums.data_ptr(), sums.shape[2]):
+                raise MemoryError("No memory for the blocks of attention.")
         return d_query, d_key, d_value, None, None, None
+
+
+def _room_for_sums(query: torch.Tensor, key: torch.Tensor, threads: int) -> tuple[int, int, int, int, int]:
+    """[threads, 2, key heads that one thread meets at most, keys up to whole blocks, width]: gradients of keys and values, added up by each
+    thread for itself. Threads get runs of like work, head by head, and one block more at most."""
+    heads, key_heads = query.shape[1], key.shape[1]
+    met = heads // threads + 3
+    return threads, 2, min(key_heads, -(-met // (heads // key_heads)) + 1), -(-key.shape[2] // BLOCK) * BLOCK, key.shape[3]
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -386,7 +386,8 @@ def _who_joins(prompts, limits, order, stems, taken: int, free: int, batch: Batc
         nodes += len(prompt) - max(behind, common_prefix(before, prompt))
         row = Row(order[k], virtual + len(prompt), limits[order[k]], stems[k])
         longest = max(longest, row.longest)
-        too_much = nodes > NODES or len(batch.rows) + len(rows) == batch.slots(longest)
+        # The slots become fewer when a longer row comes.
+        too_much = nodes > NODES or len(batch.rows) + len(rows) >= batch.slots(longest)
         if too_much and (rows or batch.rows):
             break
         rows.append(row)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from weitiao.model import elementwise
@@ -155,6 +156,7 @@ class LoraLinear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dropped, inner, weight, a, b = ctx.saved_tensors
         shape, grad = dropped.shape, _rows(grad)
@@ -212,6 +214,7 @@ class GatedMlp(torch.autograd.Function):
         return out.view(x.shape[:-1] + out.shape[-1:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, gate, up, gate_inner, up_inner, down_inner, *weights = ctx.saved_tensors
         (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
@@ -315,6 +318,7 @@ class RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, factors = ctx.saved_tensors
         flat, given = _rows(x), _rows(grad)
@@ -361,6 +365,7 @@ class Rotated(torch.autograd.Function):
         return elementwise.rotate(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return elementwise.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, back=True), None, None

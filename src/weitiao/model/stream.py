@@ -172,10 +172,11 @@ def keep_in_host(model: nn.Module, device: torch.device, kind: type[Stream] = St
 def streamed(model: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
     """(layers, and the head if it is a frozen linear; the embedding if it is frozen), of a causal LM with its method attached."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    modules = list(decoder_layers(model)[1])
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        modules.append(head)
-    return modules, None if any(p.requires_grad for p in embedding.parameters()) else embedding
+    frozen_head = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    frozen_embedding = not any(p.requires_grad for p in embedding.parameters())
+    if getattr(head, "weight", None) is getattr(embedding, "weight", None):  # one table: it rests for both or for neither
+        frozen_head = frozen_embedding = frozen_head and frozen_embedding
+    return [*decoder_layers(model)[1], *([head] if frozen_head else [])], embedding if frozen_embedding else None
 
 
 def resting(model: nn.Module) -> list[nn.Parameter]:

@@ -245,6 +245,10 @@ class Training:
             except GivenUp:
                 self.save()
                 return False
+            except BaseException:
+                if isinstance(self.rows, Streamed):
+                    self.rows.give_up()  # nobody waits any more: what is made ahead may be waiting for rows
+                raise
             except (RowError, SourceError) as error:  # of a stream, and met before the step that wants its rows
                 if not isinstance(self.rows, Streamed) or not self.step:
                     raise

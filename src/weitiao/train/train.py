@@ -52,7 +52,7 @@ PRECISION_NAMES = {dtype: name for name, dtype in loading.PRECISIONS.items()}
 
 @dataclass(eq=False)
 class Job:
-    """All that a run needs before its first step. stream: all rows, where they are still being encoded; `data` is the first of them then."""
+    """All that a run needs before its first step. streamed: all rows, where they are still being encoded; `data` is the first of them then."""
 
     settings: Settings
     base: Path
@@ -69,12 +69,12 @@ class Job:
     planned: Plan | None
     meter: memory.Meter
     liger: kernels.Fused | None = None
-    stream: Streamed | None = None
+    streamed: Streamed | None = None
 
     @property
     def rows(self) -> Any:
         """Those that steps learn from, by number."""
-        return self.stream or self.data.rows
+        return self.streamed or self.data.rows
 
     @property
     def base_name(self) -> str:
@@ -135,7 +135,7 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
 
 def encoding_beside(job: Job, screen: Screen) -> contextlib.AbstractContextManager[None]:
     """In here the rest of a stream is encoded, while other things are done."""
-    return job.stream.encoding_beside(screen.tell) if job.stream else contextlib.nullcontext()
+    return job.streamed.encoding_beside(screen.tell) if job.streamed else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- before the first step
@@ -459,11 +459,11 @@ def show_job(job: Job, screen: Screen) -> None:
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
                    f"rows of up to {job.data.max_tokens:,}"),
         ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens, 1 / {tokens / nodes:.2f} (first {_count(steps, 'step')})"),
-        ("steps", f"{schedule.steps:,}, each of {batch}" + ("" if job.stream else f"; {schedule.steps / schedule.steps_per_epoch:.3g} times through all rows")),
+        ("steps", f"{schedule.steps:,}, each of {batch}" + ("" if job.streamed else f"; {schedule.steps / schedule.steps_per_epoch:.3g} times through all rows")),
     ]
     if job.data.labels:
         rows.insert(4, ("labels", class_shares(job.data)))
-    if job.stream:
+    if job.streamed:
         rows.append(("streaming", "rows and tokens are those of the first block; the others are encoded while these are learned. Findings, the longest row "
                                   "and the plan of the memory are told from it, too: weitiao check reads all rows"))
     if settings.tokens.add:
@@ -581,7 +581,7 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
     steps = schedule_of(job).steps
     line = StepLine(screen, steps, checkpoint.step if checkpoint else 0, lambda: memory.used(job.accelerator.device))
     try:
-        with interruptible(screen, job.stream.give_up if job.stream else None) as signals, job.meter.part("steps"):
+        with interruptible(screen, job.streamed.give_up if job.streamed else None) as signals, job.meter.part("steps"):
             training = Training(
                 settings, run, job.model, job.method, job.base_name, job.template, job.rows, job.eval_data.rows,
                 job.accelerator, settings.training.layout, settings.training.nodes_per_pass, line,
@@ -643,8 +643,8 @@ def finish(run: RunFolder, job: Job, training: Training, line: StepLine) -> None
         "speeds": {k: round(v, 2) for k, v in line.speeds().items()},
         "peak_memory_bytes": memory.peak(job.accelerator.device),
     })
-    if job.stream:
-        run.write_json("data.json", run.read_json("data.json") | {"skipped": skipped(job.stream), "streamed": {"read": job.stream.read, "whole": job.stream.whole}})
+    if job.streamed:
+        run.write_json("data.json", run.read_json("data.json") | {"skipped": skipped(job.streamed), "streamed": {"read": job.streamed.read, "whole": job.streamed.whole}})
     if job.planned:
         run.write_json("plan.json", {"predicted": job.planned.as_dict(), "measured": measured(job, line)})
     draw(metrics, run.path / "loss.png")
@@ -678,8 +678,8 @@ def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, scree
         rows.insert(1, ("best", f"step {training.best['step']} by {training.best['metric']}"))
     rows.append(("run folder", str(run.path)))
     screen.table("", rows)
-    if job.stream and not job.stream.whole:
-        screen.tell(job.stream.told())
+    if job.streamed and not job.streamed.whole:
+        screen.tell(job.streamed.told())
     rows_to_measure = "" if len(job.eval_data) else " --data OTHER_ROWS.jsonl"
     merge = "" if job.method.why_not_merged(job.model) else f"\nMerge it:     weitiao merge {run.path}"
     use = f"Try it:       weitiao generate {run.path} --prompt \"…\"" if job.data.labels else f"Talk to it:   weitiao chat {run.path}"

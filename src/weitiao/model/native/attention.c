@@ -58,10 +58,11 @@ static Seen *seen_by(const Job *job) {
 
 static inline int sees(Seen s, long q0, long q1) { return s.from < q1 && q0 < s.to; }
 
-/* Items (head, block of queries), head by head, in as many runs of like work as there are threads: starts [threads + 1]. */
-static void share_out(const Job *job, const Seen *seen, long *starts) {
+/* Items (head, block of queries), head by head, in as many runs of like work as there are threads: starts [threads + 1]. 1: no memory. */
+static int share_out(const Job *job, const Seen *seen, long *starts) {
     long blocks = (job->queries + B - 1) / B, key_blocks = (job->keys + B - 1) / B, total = 0, done = 0, thread = 1;
     long *work = malloc(blocks * sizeof(long));
+    if (!work) return 1;
     for (long i = 0; i < blocks; i++) {
         work[i] = 1;
         for (long j = 0; j < key_blocks; j++) work[i] += sees(seen[j], i * B, (i + 1) * B);
@@ -75,6 +76,7 @@ static void share_out(const Job *job, const Seen *seen, long *starts) {
     }
     while (thread <= job->threads) starts[thread++] = job->heads * blocks;
     free(work);
+    return 0;
 }
 
 /* Memory of a thread, kept for its next call. */
@@ -215,7 +217,7 @@ static void forward_block(const Job *job, const Seen *seen, long head, long q0, 
         for (int d = 0; d < width; d++) of(&job->out, head, q0 + q)[d] = sums[d * B + q];
 }
 
-/* d_key and d_value [key_heads][keys][width] are this thread's own, without the scale in d_key. */
+/* d_key and d_value [keys][width], of the head's group, are this thread's own, without the scale in d_key. */
 static void backward_block(const Job *job, const Seen *seen, long head, long q0, float *own, float *d_key, float *d_value) {
     int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
     long group = head / (job->heads / job->key_heads);
@@ -235,7 +237,7 @@ static void backward_block(const Job *job, const Seen *seen, long head, long q0,
         if (!sees(s, q0, q0 + rows)) continue;
         int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
         float *key = of(&job->key, group, k0), *value = of(&job->value, group, k0);
-        long at = (group * job->keys + k0) * width;
+        long at = k0 * width;
         product(scores, B, key, job->key.row, 1, query, B, keys, B, width, 0);
         product(d_weights, B, value, job->value.row, 1, grad, B, keys, B, width, 0);
         weights_block(job, scores, d_weights, keys, k0, q0, whole, lse, delta);
@@ -279,6 +281,7 @@ static void give_tiles_back(const Tiles *before) {
 
 /* c [m][n] (+)= a [m][k] b [k][n]; pairs of b's rows are interleaved, b [k / 2][n][2]. m, n, k: multiples of 32. */
 static void tile_product(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add) {
+    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read what was just written */
     for (int i = 0; i < m; i += 32)
         for (int j = 0; j < n; j += 32) {
             float *c00 = c + i * ldc + j, *c10 = c00 + 16 * ldc;
@@ -399,9 +402,8 @@ static void forward_block_tiles(const Job *job, const Seen *seen, long head, lon
 }
 
 static void backward_block_tiles(const Job *job, const Seen *seen, long head, long q0, const half *key, const half *key_across, const half *value,
-                                 long padded, float *own, float *d_key, float *d_value) {
+                                 float *own, float *d_key, float *d_value) {
     int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
-    long group = head / (job->heads / job->key_heads);
     float *d_query = own, *scores = d_query + B * width, *d_weights = scores + B * B, *lse = d_weights + B * B, *delta = lse + B;
     half *query = (half *)(delta + B), *query_down = query + B * width, *grad = query_down + B * width, *grad_down = grad + B * width;
     half *weights = grad_down + B * width, *pairs = weights + B * B;
@@ -421,7 +423,7 @@ static void backward_block_tiles(const Job *job, const Seen *seen, long head, lo
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        long at = (group * padded + k0) * width;
+        long at = k0 * width;
         tile_product(scores, B, key + k0 * width, width, query, 2 * B, B, B, width, 0);
         tile_product(d_weights, B, value + k0 * width, width, grad, 2 * B, B, B, width, 0);
         weights_block(job, scores, d_weights, B, k0, q0, s.whole_from <= q0 && q0 + rows <= s.whole_to, lse, delta);
@@ -453,9 +455,11 @@ int has_tiles(void) {
 int forward(const Job *job, int tiles) {
     Seen *seen = seen_by(job);
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
-    int failed = !seen;
-    if (failed) return 1;
-    share_out(job, seen, starts);
+    int failed = !seen || share_out(job, seen, starts);
+    if (failed) {
+        free(seen);
+        return 1;
+    }
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? padded * job->width : 0; /* keys and values, half a float each */
@@ -493,14 +497,17 @@ int forward(const Job *job, int tiles) {
     return failed;
 }
 
-/* d_query, d_key and d_value from all the others. sums: zeros, [threads][2][key_heads][padded][width], padded: keys up to a multiple of 64. */
-int backward(const Job *job, int tiles, float *sums) {
+/* d_query, d_key and d_value from all the others. sums: zeros, [threads][2][groups][padded][width]; groups: of key heads, as many as a thread
+ * meets; padded: keys up to a multiple of 64. */
+int backward(const Job *job, int tiles, float *sums, long groups) {
     Seen *seen = seen_by(job);
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
-    long stride = tiles ? padded : job->keys, each = job->key_heads * padded * job->width;
-    int failed = !seen;
-    if (failed) return 1;
-    share_out(job, seen, starts);
+    long each = groups * padded * job->width, heads_of_group = job->heads / job->key_heads;
+    int failed = !seen || share_out(job, seen, starts);
+    if (failed) {
+        free(seen);
+        return 1;
+    }
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? (padded * job->width * 3 + 1) / 2 : 0;
@@ -516,19 +523,24 @@ int backward(const Job *job, int tiles, float *sums) {
         if (tiles) take_tiles(&before);
 #endif
         for (long item = starts[thread]; item < starts[thread + 1]; item++) {
-            long head = item / blocks, q0 = item % blocks * B;
+            long head = item / blocks, q0 = item % blocks * B, met = head / heads_of_group - starts[thread] / blocks / heads_of_group;
+            long at = met * padded * job->width;
+            if (met >= groups) {
+                failed = 1;
+                break;
+            }
 #ifdef TILES
             if (tiles) {
-                if (group != head / (job->heads / job->key_heads)) {
-                    group = head / (job->heads / job->key_heads);
+                if (group != head / heads_of_group) {
+                    group = head / heads_of_group;
                     lay_out(key, key_across, &job->key, group, job, padded);
                     lay_out(value, NULL, &job->value, group, job, padded);
                 }
-                backward_block_tiles(job, seen, head, q0, key, key_across, value, padded, own + laid_out, d_key, d_value);
+                backward_block_tiles(job, seen, head, q0, key, key_across, value, own + laid_out, d_key + at, d_value + at);
                 continue;
             }
 #endif
-            backward_block(job, seen, head, q0, own, d_key, d_value);
+            backward_block(job, seen, head, q0, own, d_key + at, d_value + at);
         }
 #ifdef TILES
         if (tiles) give_tiles_back(&before);
@@ -538,18 +550,24 @@ int backward(const Job *job, int tiles, float *sums) {
     if (failed) return 1;
 #pragma omp parallel for num_threads(job->threads) schedule(static)
     for (long row = 0; row < job->key_heads * job->keys; row++) {
-        long group = row / job->keys, k = row % job->keys, at = (group * stride + k) * job->width;
+        long group = row / job->keys, k = row % job->keys;
+        float d_key[job->width], d_value[job->width];
+        memset(d_key, 0, sizeof d_key);
+        memset(d_value, 0, sizeof d_value);
+        for (long thread = 0; thread < job->threads; thread++) {
+            long met = group - starts[thread] / blocks / heads_of_group, last = (starts[thread + 1] - 1) / blocks / heads_of_group;
+            if (starts[thread] == starts[thread + 1] || met < 0 || group > last) continue;
+            const float *key = sums + thread * 2 * each + (met * padded + k) * job->width, *value = key + each;
+            for (int d = 0; d < job->width; d++) d_key[d] += key[d] * job->scale, d_value[d] += value[d];
+        }
         for (int d = 0; d < job->width; d++) {
-            float dk = 0, dv = 0;
-            for (long thread = 0; thread < job->threads; thread++) dk += sums[thread * 2 * each + at + d], dv += sums[(thread * 2 + 1) * each + at + d];
-            dk *= job->scale;
 #ifdef TILES
             if (tiles) {
-                half_of(&job->d_key, group, k)[d] = rounded(dk), half_of(&job->d_value, group, k)[d] = rounded(dv);
+                half_of(&job->d_key, group, k)[d] = rounded(d_key[d]), half_of(&job->d_value, group, k)[d] = rounded(d_value[d]);
                 continue;
             }
 #endif
-            of(&job->d_key, group, k)[d] = dk, of(&job->d_value, group, k)[d] = dv;
+            of(&job->d_key, group, k)[d] = d_key[d], of(&job->d_value, group, k)[d] = d_value[d];
         }
     }
     return 0;

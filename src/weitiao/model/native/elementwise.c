@@ -27,7 +27,7 @@ static inline void put(void *to, long i, vec x, int halves) {
 }
 
 static inline vec sigmoid(vec x) {
-    vec size = larger(x, -x), t = exp2_of(-size * LOG2E), each = 1.0f / (1.0f + t);
+    vec size = choose(x > 0.0f, x, -x), t = exp2_of(-size * LOG2E), each = 1.0f / (1.0f + t);
     return choose(x > 0.0f, each, t * each);
 }
 

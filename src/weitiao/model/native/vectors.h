@@ -37,7 +37,7 @@ static inline float sum_of(vec x) {
 
 /* 2^x for x <= 0, to 2e-7 of it; what it makes of a larger x is masked by those who ask. The nearest integer goes into the exponent, a
  * Taylor polynomial takes the rest, |r| <= 1/2. Below 2^-64 it is 0: nothing is lost beside a 1, and no product of two such numbers is so
- * small that the processor slows down. */
+ * small that the processor slows down. What is no number stays none. */
 static inline vec exp2_of(vec x) {
 #ifdef __AVX512F__
     vec whole = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - whole;
@@ -54,8 +54,8 @@ static inline vec exp2_of(vec x) {
     p = p * r + 6.9314718e-1f;
     p = p * r + 1.0f;
 #ifdef __AVX512F__
-    return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-64.0f), _CMP_GT_OQ), (__m512)p, (__m512)whole);
+    return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-64.0f), _CMP_NLE_UQ), (__m512)p, (__m512)whole);
 #else
-    return only(x > -64.0f, (vec)((ints)p + ((ints)shifted << 23)));
+    return choose(x == x, only(x > -64.0f, (vec)((ints)p + ((ints)shifted << 23))), x);
 #endif
 }
