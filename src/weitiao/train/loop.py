@@ -245,16 +245,16 @@ class Training:
             except GivenUp:
                 self.save()
                 return False
-            except BaseException:
-                if isinstance(self.rows, Streamed):
-                    self.rows.give_up()  # nobody waits any more: what is made ahead may be waiting for rows
-                raise
             except (RowError, SourceError) as error:  # of a stream, and met before the step that wants its rows
                 if not isinstance(self.rows, Streamed) or not self.step:
                     raise
                 self.save()
                 raise type(error)(f"After step {self.step}: {error.found}", error.expected,
                                   f"{error.next_step}\nThen go on: weitiao train {self.run.path} --resume" if self.run else error.next_step) from error
+            except BaseException:
+                if isinstance(self.rows, Streamed):
+                    self.rows.give_up()  # nobody waits any more: what is made ahead may be waiting for rows
+                raise
 
     def _steps(self, last: int, work_of: Callable[[int], Work]) -> bool:
         for step in range(self.step + 1, last + 1):
