@@ -138,6 +138,15 @@ def test_a_compiler_that_fails_is_named_with_what_it_says(anew, monkeypatch):
     assert cpu.trouble(torch.float32) == f"{broken} ends with 3: cannot do that"
 
 
+def test_narrower_vectors_are_left_to_pytorch(anew, monkeypatch):
+    try:
+        compiled.compiler()
+    except compiled.NotBuilt as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if flag != "-march=native"))
+    assert "AVX-512" in cpu.trouble(torch.float32)
+
+
 def test_it_can_be_forbidden(anew, monkeypatch):
     monkeypatch.setenv("WEITIAO_COMPILE", "0")
     assert "forbids" in cpu.trouble(torch.float32)

@@ -1,4 +1,4 @@
-"""C of our own, built by the machine's C compiler the first time it is needed: one library of all files in `native/`.
+"""C of our own for processors with AVX-512, built by the machine's C compiler the first time it is needed: all files in `native/`.
 
 What is built lies in weitiao's cache by the files' content, the compiler and the processor. Where there is no compiler, or where what
 was built does not compute what it should, PyTorch's kernels do the work: the same numbers, later. WEITIAO_COMPILE=0 forbids it.
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ from weitiao.model.source import cache_folder
 
 FILES = tuple(sorted(Path(__file__).with_name("native").glob("*.[ch]")))
 COMPILERS = ("gcc", "cc", "clang")
-# No -ffast-math: rounding by adding a number and taking it away would be optimized away. -fopenmp is not for the link: its calls are
+# No -ffast-math: what is no number has to stay none. -fopenmp is not for the link: its calls are
 # answered by the library whose threads torch has started.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 
@@ -92,6 +93,8 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotBuilt(f"{command[0]} cannot be run: {error}.") from error
     if done.returncode:
+        if refused := re.search("#error (.*)", done.stderr):
+            raise NotBuilt(refused[1])
         said = (done.stderr.strip().splitlines() or ["nothing was said"])[0]
         raise NotBuilt(f"{command[0]} ends with {done.returncode}: {said[:200]}")
     return done.stdout

@@ -5,7 +5,7 @@
  * queries that see a key are a range of its row. Forward: the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867); backward:
  * algorithm 4 of Dao et al. 2022 (arXiv:2205.14135), a block of queries at a time.
  *
- * float32 goes by vectors of the compiler, on any processor; bfloat16 by the matrix tiles of AMX, where they are, with sums in float32.
+ * float32 goes by vectors; bfloat16 by the matrix tiles of AMX, where they are, with sums in float32.
  * What is added up in which order depends on the number of threads alone.
  */
 
