@@ -112,7 +112,10 @@ class Cache:
                 if self._can_keep(asked) and not (self.folder / asked.key).is_dir():
                     stack.enter_context(FileLock(self._lock(asked.key), timeout=0))
                     staging = stack.enter_context(self._staging(asked))
-            except (Timeout, OSError, NotImplementedError):
+            except Timeout:  # another process is at them
+                staging = None
+            except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
+                self._cannot_keep(error)
                 staging = None
             yield staging
 

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from weitiao.model.source import cache_folder
 
 FILES = tuple(sorted(Path(__file__).with_name("native").glob("*.[ch]")))
-COMPILERS = ("gcc", "cc", "clang")
+COMPILERS = ("gcc", "cc")
 # No -ffast-math: what is no number has to stay none. -fopenmp is not for the link: its calls are
 # answered by the library whose threads torch has started.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -44,7 +44,7 @@ class NotBuilt(Exception):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """
     Raises:
         NotBuilt: no compiler, or what it made cannot be loaded.
@@ -63,7 +63,7 @@ def compiler() -> str:
     for name in (os.environ.get("CC"), *COMPILERS):
         if name and (found := shutil.which(name)):
             return found
-    raise NotBuilt("No C compiler is here (gcc or clang).")
+    raise NotBuilt("No C compiler is here (gcc).")
 
 
 def _built() -> Path:

@@ -72,7 +72,7 @@ def trouble(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = compiled.library()
+    library = compiled.loaded()
     library.forward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int]
     library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p, ctypes.c_long]
     library.has_tiles()  # asks for them, too
@@ -91,7 +91,8 @@ def _trial(dtype: torch.dtype) -> float:
         ours, exact = ([x.to(kind, copy=True).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
         out = ByBlocks.apply(*ours, first, last, 0.2)
         judge = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=sees, scale=0.2, enable_gqa=True)
-        pairs = [(out.detach(), judge.detach()), *zip(torch.autograd.grad(out, ours, cotangent), torch.autograd.grad(judge, exact, cotangent.double()), strict=True)]
+        gradients = torch.autograd.grad(out, ours, cotangent), torch.autograd.grad(judge, exact, cotangent.double())
+        pairs = [(out.detach(), judge.detach()), *zip(*gradients, strict=True)]
         return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 

@@ -48,7 +48,7 @@ def rotates(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
 def trouble() -> str | None:
     """Why PyTorch's operations are taken, in a sentence; None if they are not."""
     try:
-        library = compiled.library()
+        library = compiled.loaded()
     except compiled.NotBuilt as reason:
         return str(reason)
     for name, arguments in ARGUMENTS.items():
@@ -109,7 +109,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 def _call(name: str, first: torch.Tensor, *rest: torch.Tensor | int | float) -> None:
     given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (first, *rest)]
     assert len(given) + 1 == len(ARGUMENTS[name]), name  # the threads are the last of them
-    getattr(compiled.library(), name)(*given, torch.get_num_threads(), first.dtype is torch.bfloat16)
+    getattr(compiled.loaded(), name)(*given, torch.get_num_threads(), first.dtype is torch.bfloat16)
 
 
 def _trial(kind: torch.dtype) -> float:

@@ -28,9 +28,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from weitiao.config import Settings, TrainingSettings
+from weitiao.data.labels import Labels
 from weitiao.data.stored import TrainingRow
 from weitiao.data.streamed import GivenUp, Streamed
-from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.errors import RowError, RunError, SourceError, TrainingStopped
 from weitiao.model.load import virtual_places

@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from weitiao.model import elementwise
-
 from weitiao.model.offload import keeping
 from weitiao.model.stream import head_there
 

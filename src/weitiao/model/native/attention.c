@@ -79,6 +79,16 @@ static int share_out(const Job *job, const Seen *seen, long *starts) {
     return 0;
 }
 
+/* Which block of keys is seen by whom, and who computes what; NULL: no memory. */
+static Seen *divided(const Job *job, long *starts) {
+    Seen *seen = seen_by(job);
+    if (seen && share_out(job, seen, starts)) {
+        free(seen);
+        return NULL;
+    }
+    return seen;
+}
+
 /* Memory of a thread, kept for its next call. */
 static float *scratch(size_t floats) {
     static __thread float *kept;
@@ -453,13 +463,10 @@ int has_tiles(void) {
 
 /* out and lse from query, key and value. 0: done; 1: no memory. */
 int forward(const Job *job, int tiles) {
-    Seen *seen = seen_by(job);
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
-    int failed = !seen || share_out(job, seen, starts);
-    if (failed) {
-        free(seen);
-        return 1;
-    }
+    Seen *seen = divided(job, starts);
+    int failed = 0;
+    if (!seen) return 1;
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? padded * job->width : 0; /* keys and values, half a float each */
@@ -500,14 +507,11 @@ int forward(const Job *job, int tiles) {
 /* d_query, d_key and d_value from all the others. sums: zeros, [threads][2][groups][padded][width]; groups: of key heads, as many as a thread
  * meets; padded: keys up to a multiple of 64. */
 int backward(const Job *job, int tiles, float *sums, long groups) {
-    Seen *seen = seen_by(job);
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
     long each = groups * padded * job->width, heads_of_group = job->heads / job->key_heads;
-    int failed = !seen || share_out(job, seen, starts);
-    if (failed) {
-        free(seen);
-        return 1;
-    }
+    Seen *seen = divided(job, starts);
+    int failed = 0;
+    if (!seen) return 1;
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? (padded * job->width * 3 + 1) / 2 : 0;
