@@ -144,6 +144,19 @@ def test_a_full_disk_is_told_to_who_waits(template, monkeypatch):
         all_rows.wait(9)
 
 
+def test_a_cache_that_cannot_be_written_is_told_and_the_rows_are_there(template, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    write(ROWS)
+    told = []
+    _, all_rows = stream(template, Cache(Path("kept"), 10**9, told.append))
+    monkeypatch.setattr(Cache, "_staging", full)
+    with all_rows.encoding_beside(lambda text: None):
+        assert all_rows.wait(10**9) == len(ROWS)
+    assert len(told) == 1 and "cannot be kept" in told[0] and "No space left on device" in told[0]
+
+
 def test_labels_are_known_before_or_refused(template):
     write(LABELS)
     with pytest.raises(SettingError, match="data.labels"):
