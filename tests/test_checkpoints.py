@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_example_rows import script  # noqa: F401
 
 from weitiao import config
-from weitiao.config import ModelSettings
 from weitiao.model.load import load_model, load_tokenizer, trie_obstacle
 from weitiao.screen import Screen
+from weitiao.settings.model import ModelSettings
 from weitiao.train.train import train
 
 ASKED = ModelSettings(name="x")

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from weitiao import config
 from weitiao.errors import SettingError, SourceError
+from weitiao.settings.methods import LoraSettings
 
 HELP = "`weitiao train --help` lists every setting."
 
@@ -121,117 +122,20 @@ def test_one_source_and_the_settings_of_data_may_stand_together():
 
 
 def test_a_method_without_its_name_is_lora():
-    assert from_yaml("data: rows.jsonl\nmethod: {rank: 8}\n").method == config.LoraSettings(rank=8)
-
-
-# -- unknown names -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("typed, named, meant", [
-    ("method.rnk=3", "method.rnk", "method.rank"),
-    ("training.learning_rat=1", "training.learning_rat", "training.learning_rate"),
-    ("rank=3", "rank", "method.rank"),
-    ("epochs=3", "epochs", "training.epochs"),
-    ("seeed=3", "seeed", "training.seed"),
-    ("modle=x", "modle", "model"),
-    ("trainning.epochs=1", "trainning", "training"),
-    ("share=2", "share", "data.train[].share"),
-    ("data.train=[{path: a, shar: 2}]", "data.train.0.shar", "data.train[].share"),
-])
-def test_an_unknown_setting_is_refused_with_the_nearest(typed, named, meant):
-    assert refusal(typed) == f"There is no setting {named!r}.\nDid you mean {meant!r}?\n{HELP}"
-
-
-def test_nothing_is_offered_where_nothing_is_near():
-    assert refusal("training.foo=3") == f"There is no setting 'training.foo'.\n{HELP}"
-
-
-@pytest.mark.parametrize("typed, cure", [
-    ("lora_alpha=32", "It is called method.alpha."),
-    ("method.lora_alpha=32", "It is called method.alpha."),
-    ("method.r=8", "It is called method.rank."),
-    ("training.num_train_epochs=1", "It is called training.epochs."),
-    ("gradient_accumulation_steps=4", "training.batch_size counts the rows of a whole optimizer step; "
-                                      "training.nodes_per_pass says how much of it is computed at once."),
-    ("training.per_device_train_batch_size=4", "training.batch_size counts the rows of a whole optimizer step."),
-    ("training.warmup_ratio=0.1", "It is called training.warmup; below 1 it is a share."),
-    ("cutoff_len=512", "It is called data.max_tokens."),
-])
-def test_the_names_of_peers_are_known(typed, cure):
-    name = typed.partition("=")[0]
-    assert refusal(typed) == f"There is no setting {name!r}.\n{cure}\n{HELP}"
-
-
-def test_every_cure_for_a_peers_name_names_a_setting_that_exists():
-    known = {name for name, _, _ in config.every_setting()}
-    for name, cure in config.ELSEWHERE.items():
-        assert known & set(cure.replace(";", " ").replace(".\n", " ").rstrip(".").replace(":", " ").replace("=", " ").split()), name
-
-
-def test_all_mistakes_are_told_in_one_message():
-    assert refusal("method.rnk=3", "training.batch_size=0", "lr=1") == (
-        "There is no setting 'method.rnk'.\n"
-        "training.batch_size = 0: Input should be greater than or equal to 1.\n"
-        "There is no setting 'lr'.\n"
-        "Did you mean 'method.rank'?\n"
-        "It is called training.learning_rate.\n"
-        f"{HELP}"
-    )
-
-
-# -- wrong values ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("typed, found", [
-    ("training.batch_size=0", "training.batch_size = 0: Input should be greater than or equal to 1."),
-    ("data.max_tokens=4", "data.max_tokens = 4: Input should be greater than or equal to 8."),
-    ("data.eval_share=1", "data.eval_share = 1: Input should be less than 1."),
-    ("saving.keep=1", "saving.keep = 1: Input should be greater than or equal to 2."),
-    ("method.dropout=-0.1", "method.dropout = -0.1: Input should be greater than or equal to 0."),
-    ("training.learning_rate=nan", "training.learning_rate = nan: Input should be a finite number."),
-    ("training.learning_rate=0", "training.learning_rate = 0: Input should be greater than 0."),
-    ("method.rank=2.5", "method.rank = 2.5: Input should be a valid integer, got a number with a fractional part."),
-    ("method.rank=two", "method.rank = 'two': Input should be a valid integer, unable to parse string as an integer."),
-    ("model.dtype=fp16", "model.dtype = 'fp16': Input should be 'auto', 'float32', 'bfloat16' or 'float16'."),
-    ("data.train=[{path: a, share: 0}]", "data.train.0.share = 0: Input should be greater than 0."),
-    ("training=5", "training = 5: Input should be a valid dictionary or instance of TrainingSettings."),
-])
-def test_a_value_out_of_bounds_is_told_with_the_bound(typed, found):
-    assert refusal(typed) == f"{found}\n{HELP}"
-
-
-@pytest.mark.parametrize("typed, found", [
-    ("data.labels={0: no, 1: maybe}", "data.labels.0 = False: Input should be a valid string."),
-    ("model.revision=1234567", "model.revision = 1234567: Input should be a valid string."),
-])
-def test_a_text_that_yaml_takes_for_something_else_wants_quotes(typed, found):
-    assert refusal(typed) == f"{found}\nYAML reads numbers, yes, no, on and off as such: put a text like that into quotes, '…'.\n{HELP}"
-
-
-def test_such_a_text_is_taken_in_quotes():
-    assert read("data.labels={0: 'no', 1: 'yes'}").data.labels == {"0": "no", "1": "yes"}
-    assert read("model.revision='1234567'").model.revision == "1234567"
-
-
-def test_an_unknown_method_is_refused_with_those_there_are():
-    methods = "Methods: lora, full, bitfit, prompt, ptuning, prefix, ia3, adapter."
-    assert refusal("method=loar") == f"There is no method 'loar'.\n{methods} Did you mean 'lora'?\n{HELP}"
-    assert refusal("method=qlora") == f"There is no method 'qlora'.\nIt is method=lora with model.quantize=nf4.\n{HELP}"
-    assert "method=lora with method.dora=true" in refusal("method=dora")
-    assert "It is called ptuning." in refusal("method=p_tuning")
-    assert refusal("method.name=qlora") == refusal("method=qlora")
-
-
-def test_a_setting_of_another_method_is_refused():
-    assert refusal("method=full", "method.rank=3") == (
-        f"method.rank belongs to lora; this run's method is full.\n{HELP}"
-    )
-    assert "method.targets belongs to lora, bitfit, ia3; this run's method is prompt." in refusal("method=prompt", "method.targets=[a]")
+    assert from_yaml("data: rows.jsonl\nmethod: {rank: 8}\n").method == LoraSettings(rank=8)
 
 
 def test_one_name_is_a_list_of_one_and_a_methods_name_may_be_in_capitals():
     assert read("method=LoRA", "method.targets=q_proj").method.targets == ["q_proj"]
     assert read("method=ia3").method.targets == "auto" and read("tokens.add=<think>").tokens.add == ["<think>"]
+
+
+def test_a_list_names_the_labels_from_0_on():
+    for text in ("[neg, pos]", "{0: neg, 1: pos}", "{'0': neg, '1': pos}"):
+        assert config.read(None, [f"data.labels={text}"], **{"data.train": "r.jsonl"}).data.labels == {"0": "neg", "1": "pos"}
+
+
+# -- what goes with what -----------------------------------------------------------------------------------------------
 
 
 def test_an_empty_value_is_told():
@@ -254,11 +158,6 @@ def test_every_file_has_a_share_or_none_has(which):
     assert [source.share for source in getattr(read(f"data.{which}={both}").data, which)] == [2, 1]
     one = "[{path: a.jsonl, share: 2}, b.jsonl]"
     assert refusal(f"data.{which}={one}") == f"data.{which}: give every file a share, or none.\n{HELP}"
-
-
-def test_a_list_names_the_labels_from_0_on():
-    for text in ("[neg, pos]", "{0: neg, 1: pos}", "{'0': neg, '1': pos}"):
-        assert config.read(None, [f"data.labels={text}"], **{"data.train": "r.jsonl"}).data.labels == {"0": "neg", "1": "pos"}
 
 
 def test_a_metric_needs_rows_to_measure_on():
@@ -340,22 +239,3 @@ def test_no_setting_is_left_out_of_the_list():
     groups = {name.partition(".")[0] for name in listed}
     assert groups == set(config.Settings.model_fields)
     assert set(leaves(read().model_dump())) - {"method.name"} <= listed
-
-
-@pytest.mark.parametrize("words, expected", [
-    ({"method": "full", "training": {"memory": "thrifty"}}, ("bfloat16", "stochastic", "paged_adamw_8bit", True, True)),
-    ({"method": "full", "training": {"memory": "balanced"}}, ("bfloat16", "stochastic", "adamw_bnb_8bit", False, None)),
-    ({"method": {"name": "full"}, "model": "gpt2", "training": {"memory": "fast"}}, ("auto", "auto", "adamw_torch", False, False)),
-    ({"method": "full", "model": {"dtype": "float32"}, "training": {"memory": "thrifty", "optimizer": "adafactor", "checkpointing": False}},
-     ("float32", "auto", "adafactor", True, False)),
-    ({"training": {"memory": "thrifty"}}, ("auto", "auto", "adamw_torch", False, True)),
-    ({"method": "lora", "training": {"memory": "balanced"}}, ("auto", "auto", "adamw_torch", False, None)),
-])
-def test_a_memory_setting_stands_for_several_and_what_is_given_wins(words, expected):
-    made = config.parse({"data": "rows.jsonl"} | words)
-    t = made.training
-    assert (made.model.dtype, t.rounding, t.optimizer, t.step_in_backward, t.checkpointing) == expected
-    assert config.parse(made.model_dump(mode="json")) == made, "a run goes on with what was settled"
-    assert config.parse(made.model_dump(exclude_unset=True)) == made
-    assert all(name in config.TrainingSettings.model_fields["memory"].description
-               for kinds in config.MEMORY.values() for rungs in kinds.values() for name in (n.removeprefix("training.") for n in rungs))

@@ -14,9 +14,9 @@ import weitiao
 SOURCE = Path(weitiao.__file__).parent
 # A floor sees its own and those below it.
 FLOORS = {
-    "errors": 0, "config": 1,
-    "trie": 2, "metrics": 2, "screen": 2, "help": 2, "example": 2, "__init__": 2,
-    "data": 3, "model": 4, "train": 5, "use": 6, "cli": 7, "__main__": 8,
+    "errors": 0, "settings": 1, "config": 2,
+    "trie": 3, "metrics": 3, "screen": 3, "help": 3, "example": 3, "__init__": 3,
+    "data": 4, "model": 5, "train": 6, "use": 7, "cli": 8, "__main__": 9,
 }
 
 

@@ -5,7 +5,7 @@
                                                                                       ├─ loop ── run folder ── chat, evaluate, merge
     smollm2-135m ── source ── load ── methods ── attention ── fused ──────────────────┘
 
-Imports go down only:  cli > use > train > model > data > trie, metrics, screen > config > errors.
+Imports go down only:  cli > use > train > model > data > trie, metrics, screen > config > settings > errors.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: one short function a command. Settings come from config.py, work from the commands' own files."""
+"""The command line: one short function a command. Settings are read by config.py, work from the commands' own files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that h
 
 
 class TrainCommand(typer.core.TyperCommand):
-    """`train --help` ends with every setting; the table is made from config.py when it is asked for."""
+    """`train --help` ends with every setting; help.py makes the table when it is asked for."""
 
     def format_epilog(self, ctx, formatter) -> None:
         from weitiao.help import settings_text

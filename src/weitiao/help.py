@@ -1,13 +1,16 @@
-"""config.py -> the table of settings that `weitiao train --help` ends with."""
+"""The settings, as they are written in weitiao.settings -> the table that `weitiao train --help` ends with."""
 
 from __future__ import annotations
 
 import textwrap
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from weitiao.config import METHODS, describe_type, every_setting
+from weitiao.config import every_setting
+from weitiao.settings.data import Sources
+from weitiao.settings.methods import METHODS, Method
 
 
 def settings_text(width: int = 80) -> str:
@@ -35,7 +38,29 @@ def _about(method: str, width: int) -> list[str]:
 
 
 def _type(name: str, info: FieldInfo) -> str:
-    return "|".join(m.model_fields["name"].default for m in METHODS) if name == "method" else describe_type(info)
+    """A type as a user would say it: `whole number >= 1`, `auto|fp32|bf16`."""
+    return "|".join(m.model_fields["name"].default for m in METHODS) if name == "method" else _type_words(info.annotation) + _bounds(info)
+
+
+def _bounds(info: FieldInfo) -> str:
+    signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+    kinds = [(type(bound).__name__, bound) for bound in info.metadata]
+    return "".join(f" {signs[kind]} {getattr(bound, kind.lower()):g}" for kind, bound in kinds if kind in signs)
+
+
+def _type_words(annotation: Any) -> str:
+    args = get_args(annotation)
+    if annotation is Sources or annotation is Method:
+        return "list" if annotation is Sources else "name"
+    if str(annotation).startswith("typing.Literal"):
+        return "|".join(str(a) for a in args)
+    if isinstance(annotation, type) and not args:
+        return {"str": "text", "bool": "true|false", "float": "number", "int": "whole number"}.get(annotation.__name__, annotation.__name__)
+    if str(annotation).startswith(("list", "dict")):
+        return "list" if str(annotation).startswith("list") else "map"
+    if str(annotation).startswith("typing.Annotated"):
+        return _type_words(args[0]) + "".join(_bounds(more) for more in args[1:] if isinstance(more, FieldInfo))
+    return "|".join(_type_words(a) for a in args if a is not type(None)) or str(annotation)
 
 
 def _unit(info: FieldInfo) -> str:

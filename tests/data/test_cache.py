@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from weitiao.config import DataSettings
 from weitiao.data import cache as caching
 from weitiao.data import dataset
 from weitiao.data.cache import Cache
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
 DEFECTS = [{"prompt": "1", "completion": ""}, ROWS[3], {"prompt": "7" * 60, "completion": "8" * 40}]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import chatglm3
 import pytest
 
-from weitiao.config import ModelSettings
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.templates import load_template
 from weitiao.data.tokens import encode_turn
 from weitiao.errors import SourceError
 from weitiao.model.load import load_tokenizer
+from weitiao.settings.model import ModelSettings
 
 PIECES = 420
 MASK, GMASK, SMASK, SOP, EOP, SYSTEM, USER, ASSISTANT, OBSERVATION = range(PIECES, PIECES + 9)
@@ -141,7 +141,7 @@ def test_text_that_spells_a_role_stays_text(tokenizer, enc, text, name):
 
 
 def test_the_role_play_layout_is_tutorial_4_to_the_letter(tokenizer, enc):
-    from weitiao.config import DataSettings
+    from weitiao.settings.data import DataSettings
     from weitiao.data.formats import convert, detect
     from weitiao.data.rows import Row
 

@@ -10,13 +10,13 @@ import json
 import numpy as np
 import pytest
 
-from weitiao.config import DataSettings
 from weitiao.data import dataset, encoded
 from weitiao.data.dataset import load, skipped_summary
 from weitiao.data.gathered import Skipped
 from weitiao.data.templates import load_template
 from weitiao.data.tokens import encode_turns
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 MIB = 1 << 20
 

@@ -6,13 +6,13 @@ import time
 import pytest
 
 from weitiao import config
-from weitiao.config import DataSettings
 from weitiao.data import rows as reading
 from weitiao.data.defects import DEFECTS, TABLE, find_all, shown
 from weitiao.data.findings import Tally
 from weitiao.data.formats import CannotTeach, convert, detect
 from weitiao.data.rows import Row
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 SETTINGS = DataSettings(train="rows.jsonl")
 QUESTION = "What is the capital of France?"

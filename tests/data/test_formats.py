@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.formats import FORMATS, CannotTeach, convert, detect, rename, row_weight
 from weitiao.data.rows import Row
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 
 def settings(**more):

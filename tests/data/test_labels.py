@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from weitiao.config import DataSettings
 from weitiao.data.dataset import load
 from weitiao.data.labels import Labels, prompt_of
 from weitiao.data.templates import load_template
 from weitiao.data.tokens import cut_front
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 
 @pytest.fixture

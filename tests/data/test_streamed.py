@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weitiao.config import DataSettings
 from weitiao.data import cache as caching
 from weitiao.data import dataset, streamed
 from weitiao.data.cache import Cache
@@ -18,6 +17,7 @@ from weitiao.data.streamed import GivenUp, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import load_template
 from weitiao.errors import RowError, SettingError, SourceError
+from weitiao.settings.data import DataSettings
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(50)]
 BAD = {"prompt": "1", "completion": ""}

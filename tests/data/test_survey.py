@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 
-from weitiao.config import DataSettings
-from weitiao.data.dataset import load
-from weitiao.data.survey import ALIKE, BINS, Facts, Survey, Surveyor, earlier_equal, first_among, frequent_grams, grams, loose, nearly_earlier, sketch, sketches_of
 from weitiao.data.conversation import Conversation, Message
+from weitiao.data.dataset import load
 from weitiao.data.rows import Row
+from weitiao.data.survey import ALIKE, BINS, Facts, Survey, Surveyor, earlier_equal, first_among, frequent_grams, grams, loose, nearly_earlier, sketch, sketches_of
 from weitiao.data.templates import load_template
+from weitiao.settings.data import DataSettings
 
 MIB = 1 << 20
 POEM = ("Shall I compare thee to a summer's day? Thou art more lovely and more temperate. Rough winds do shake the darling buds of "

@@ -165,7 +165,7 @@ def test_tools_reach_the_prompt():
     ("翻译成英文", "你好", "Human: 翻译成英文\n你好\n\nAssistant: "),
 ])
 def test_human_assistant_is_tutorial_0_to_the_letter(bare, instruction, given, prompt):
-    from weitiao.config import DataSettings
+    from weitiao.settings.data import DataSettings
     from weitiao.data.formats import convert
     from weitiao.data.rows import Row
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from weitiao.config import AdapterSettings, Ia3Settings, LoraSettings, PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.model import decode, generate
 from weitiao.model.decode import arrange
 from weitiao.model.generate import Sampling, answers_to, no_decoding
 from weitiao.model.methods import METHODS
+from weitiao.settings.methods import AdapterSettings, Ia3Settings, LoraSettings, PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.train.loss import learn_on_tries
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "glm", "gpt2", "cohere", "granite", "bloom", "yuan"]

@@ -7,8 +7,8 @@ import torch
 import transformers as T
 from conftest import tiny_config, tiny_model
 
-from weitiao.config import ModelSettings
 from weitiao.model.load import load_model, model_limit, trie_obstacle, weight_dtype
+from weitiao.settings.model import ModelSettings
 
 SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              pad_token_id=None, bos_token_id=None, eos_token_id=2)

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from weitiao.config import ModelSettings
 from weitiao.errors import SourceError
 from weitiao.model import pickled
 from weitiao.model.load import load_model
 from weitiao.model.source import cache_folder, model_folder, resolve
+from weitiao.settings.model import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

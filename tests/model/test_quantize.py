@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from weitiao.config import ModelSettings
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
 from weitiao.model import quantize
+from weitiao.settings.model import ModelSettings
 
 PLAIN = SimpleNamespace()  # the config of a checkpoint that is not quantised
 KINDS = [dict(quantize="nf4"), dict(quantize="nf4", double_quantize=False), dict(quantize="fp4"), dict(quantize="int8")]

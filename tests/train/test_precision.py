@@ -16,6 +16,7 @@ from weitiao.errors import SettingError, TrainingStopped
 from weitiao.model import load as loading
 from weitiao.model import quantize
 from weitiao.model.methods import METHODS
+from weitiao.settings.model import ModelSettings
 from weitiao.train.folder import Checkpoint
 from weitiao.train.loop import MOST_SKIPPED, Training, skip_message
 from weitiao.train.loss import learn_on_tries
@@ -212,8 +213,8 @@ def test_packed_weights_train_as_the_plain_ones_they_stand_for(tokenizer, folder
     """The judge: the same steps on a plain model that holds the unpacked weights."""
     packed = training(tokenizer, folder, NF4)
     plain = training(tokenizer, folder)
-    fresh = loading.load_model(folder, config.ModelSettings(name="x", **NF4), torch.float32)
-    unpacked = loading.load_model(folder, config.ModelSettings(name="x"), torch.float32)
+    fresh = loading.load_model(folder, ModelSettings(name="x", **NF4), torch.float32)
+    unpacked = loading.load_model(folder, ModelSettings(name="x"), torch.float32)
     quantize.unpack_into(unpacked, fresh)
     values = dict(unpacked.named_parameters())
     inner = loading.causal_lm(plain.plain_model)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import example, tiny_model
 
-from weitiao.config import LoraSettings
 from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.model.methods import METHODS
+from weitiao.settings.methods import LoraSettings
 from weitiao.train import proof
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import leak, prove

@@ -15,16 +15,16 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from weitiao.config import DataSettings
 from weitiao.data.dataset import load
 from weitiao.data.findings import Finding
 from weitiao.data.spelling import Spelling
 from weitiao.data.templates import load_template
 from weitiao.errors import RunError
 from weitiao.screen import Screen
+from weitiao.settings.data import DataSettings
+from weitiao.train.folder import write_asked
 from weitiao.train.paths import choose, common_folder, paths_of
 from weitiao.train.show import show, show_rows
-from weitiao.train.folder import write_asked
 from weitiao.train.show_html import html_page
 
 LEGEND = """\

@@ -30,7 +30,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from weitiao import trie
-from weitiao.config import DataSettings, Source
 from weitiao.data import rows as reading
 from weitiao.data.dataset import Dataset, load, refuse_outside
 from weitiao.data.gathered import Skipped
@@ -38,6 +37,7 @@ from weitiao.data.labels import Labels
 from weitiao.data.stored import COLUMNS, StoredRows
 from weitiao.data.survey import Survey
 from weitiao.data.templates import Template
+from weitiao.settings.data import DataSettings, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

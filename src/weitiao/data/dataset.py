@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weitiao.config import DataSettings, Source
 from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation
 from weitiao.data.encoded import CHUNK, answer_of, read_row
@@ -30,6 +29,7 @@ from weitiao.data.stored import StoredRows
 from weitiao.data.templates import Template
 from weitiao.data.workers import in_order, usual_workers
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings, Source
 
 if TYPE_CHECKING:
     from weitiao.data.survey import Survey

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation
 from weitiao.data.formats import CannotTeach, convert
 from weitiao.data.labels import Labels
@@ -17,6 +16,7 @@ from weitiao.data.rows import Row
 from weitiao.data.templates import Template, Turn
 from weitiao.data.tokens import EncodedTurn, encode_prompts_alone, encode_turns
 from weitiao.errors import TemplateError
+from weitiao.settings.data import DataSettings
 
 CHUNK = 256  # rows that are encoded together
 

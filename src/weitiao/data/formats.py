@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.rows import Row
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 
 class CannotTeach(Exception):

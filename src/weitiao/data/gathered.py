@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation
 from weitiao.data.encoded import encode_rows, labelled, read_row
 from weitiao.data.formats import row_weight
@@ -25,6 +24,7 @@ from weitiao.data.rows import Row, where_of
 from weitiao.data.stored import COLUMNS, conversation_of, said_by
 from weitiao.data.templates import Template
 from weitiao.data.tokens import EncodedTurn, cut_front, examples
+from weitiao.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from weitiao.data.survey import Survey

@@ -24,7 +24,6 @@ from itertools import islice
 
 import numpy as np
 
-from weitiao.config import DataSettings, Source
 from weitiao.data.cache import Asked, Cache
 from weitiao.data.dataset import Dataset, Encoding, Mixed, labels_in, refuse_if_too_many, skipped_summary
 from weitiao.data.encoded import CHUNK
@@ -33,6 +32,7 @@ from weitiao.data.stored import COLUMNS, StoredRows, TrainingRow
 from weitiao.data.survey import Survey
 from weitiao.data.templates import Template
 from weitiao.errors import RowError, SettingError, SourceError, WeitiaoError
+from weitiao.settings.data import DataSettings, Source
 
 BLOCK = 4096  # rows of the files that are published together
 

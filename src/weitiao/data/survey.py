@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from weitiao.config import DataSettings
 from weitiao.data.conversation import Conversation
 from weitiao.data.dataset import usual_length
-from weitiao.data.encoded import EncodedRow, answer_of, encode_rows, read_row, refuse_unknown
 from weitiao.data.defects import DEFECTS, find_all
+from weitiao.data.encoded import EncodedRow, answer_of, encode_rows, read_row, refuse_unknown
 from weitiao.data.findings import MOST_PLACES, Finding, Kind, Severity, Tally
 from weitiao.data.formats import row_weight
 from weitiao.data.labels import Labels
@@ -34,6 +33,7 @@ from weitiao.data.rows import Row, place_of, where_of
 from weitiao.data.stored import conversation_of, said_by
 from weitiao.data.templates import Template
 from weitiao.errors import RowError
+from weitiao.settings.data import DataSettings
 
 # ---------------------------------------------------------------------------------------------- what there is to say
 

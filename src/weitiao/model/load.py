@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weitiao.config import ModelSettings, Settings
+from weitiao.config import Settings
 from weitiao.errors import SettingError, SourceError
 from weitiao.model import attention, families, offload, quantize
 from weitiao.model.families import bloom
+from weitiao.settings.model import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

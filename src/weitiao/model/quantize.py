@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from weitiao.config import ModelSettings
 from weitiao.errors import SettingError
+from weitiao.settings.model import ModelSettings
 
 FOUR_BITS = ("nf4", "fp4")
 PACKED = ("Params4bit", "Int8Params")

@@ -39,9 +39,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from weitiao.config import ModelSettings
 from weitiao.errors import SourceError, nearest
 from weitiao.model import pickled
+from weitiao.settings.model import ModelSettings
 
 Notify = Callable[[str], None]
 

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from weitiao.config import DataSettings, Settings, Source
+from weitiao.config import Settings
 from weitiao.data import rows as reading
 from weitiao.data.cache import Cache
 from weitiao.data.dataset import labels_of, name_label, names_of_labels
@@ -34,6 +34,7 @@ from weitiao.model import load as loading
 from weitiao.model.methods import method_of
 from weitiao.model.source import cache_folder
 from weitiao.screen import Screen, duration
+from weitiao.settings.data import DataSettings, Source
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import write_asked
 from weitiao.train.tree import folder_of

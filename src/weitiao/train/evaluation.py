@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from weitiao import metrics
-from weitiao.config import EvaluationSettings
 from weitiao.data.batch import padded_batch, trie_batch
-from weitiao.data.stored import TrainingRow
 from weitiao.data.labels import Labels, prompt_of
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
+from weitiao.data.stored import TrainingRow
 from weitiao.data.templates import Template
 from weitiao.model.generate import Sampling, answer_all
 from weitiao.model.load import virtual_places
+from weitiao.settings.results import EvaluationSettings
 from weitiao.train.loss import summed_loss, token_nll
 from weitiao.trie import Example, build_with_paths
 

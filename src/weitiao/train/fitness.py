@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from weitiao.config import OTHER_RATES, Settings
+from weitiao.config import Settings
 from weitiao.data.findings import Finding, Kind
 from weitiao.data.templates import PROBE, WITHOUT_OWN, Template
 from weitiao.errors import SettingError, TemplateError, nearest
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters
 from weitiao.model.methods.layers import is_linear, linear_names, linears
+from weitiao.settings.training import OTHER_RATES
 from weitiao.train.loop import Schedule
 from weitiao.train.optimizer import warmup_steps
 from weitiao.train.stepping import rounding_in_force

@@ -27,7 +27,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from weitiao.config import Settings, TrainingSettings
+from weitiao.config import Settings
 from weitiao.data.labels import Labels
 from weitiao.data.stored import TrainingRow
 from weitiao.data.streamed import GivenUp, Streamed
@@ -35,6 +35,7 @@ from weitiao.data.templates import Template
 from weitiao.errors import RowError, RunError, SourceError, TrainingStopped
 from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
+from weitiao.settings.training import TrainingSettings
 from weitiao.train.ahead import Ahead
 from weitiao.train.evaluation import (
     answer_and_score, label_nll, label_prompts, label_weights, make_passes, mean_loss, questions, score_labels,

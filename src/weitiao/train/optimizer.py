@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 
-from weitiao.config import WITHOUT_DECAY, TrainingSettings, read_scalar
+from weitiao.config import read_scalar
 from weitiao.errors import SettingError, nearest
+from weitiao.settings.training import WITHOUT_DECAY, TrainingSettings
 from weitiao.train.stepping import ByWeight
 
 PLAIN: dict[str, type[torch.optim.Optimizer]] = {

@@ -33,12 +33,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from weitiao.config import ModelSettings, Settings
+from weitiao.config import Settings
 from weitiao.data.batch import Plan, padded_batch, trie_batch
 from weitiao.model import attention, flex, fused, offload, stream
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
+from weitiao.settings.model import ModelSettings
 from weitiao.train.loss import learn_on_tries, summed_loss
 from weitiao.train.optimizer import SEARCHERS, make_optimizer, takes_fused
 from weitiao.train.stepping import ByWeight
@@ -493,7 +494,7 @@ def _searcher_state(optimizer: torch.optim.Optimizer, trained: Sequence[nn.Param
 
 @functools.lru_cache(maxsize=64)
 def _state_of(shape: tuple[int, ...], dtype: torch.dtype, training: str) -> int:
-    from weitiao.config import TrainingSettings
+    from weitiao.settings.training import TrainingSettings
 
     settings = TrainingSettings.model_validate_json(training)
     module = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(shape, dtype=dtype))})

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from weitiao import __version__
-from weitiao.config import DataSettings, Settings, Source
+from weitiao.config import Settings
 from weitiao.data.dataset import Dataset
 from weitiao.data.packing import trie_passes
 from weitiao.data.streamed import GivenUp, Streamed, begin
@@ -34,6 +34,7 @@ from weitiao.model.methods import METHODS, count_parameters, method_of, trainabl
 from weitiao.model.methods.method import Method
 from weitiao.model.source import EMBEDDED, hub_id, model_folder
 from weitiao.screen import Screen, StepLine, duration, format_bytes
+from weitiao.settings.data import DataSettings, Source
 from weitiao.train import memory, samples, stepping
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.check import Report, cache_of, eval_settings, report, room_and_vocabulary, show_brief

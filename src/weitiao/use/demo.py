@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from weitiao import config, example
-from weitiao.config import EvaluationSettings
 from weitiao.screen import Screen, duration, quiet_libraries
+from weitiao.settings.results import EvaluationSettings
 from weitiao.train import train as training
 from weitiao.train.folder import RunFolder, free_name, write_text
 from weitiao.use.evaluate import measure, rows_to_measure, show

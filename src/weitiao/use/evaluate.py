@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from weitiao import metrics
-from weitiao.config import EvaluationSettings, Source
 from weitiao.data.dataset import Dataset, skipped_summary
 from weitiao.data.stored import TrainingRow
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
+from weitiao.settings.data import Source
+from weitiao.settings.results import EvaluationSettings
 from weitiao.train import memory
 from weitiao.train.evaluation import answer_and_score, label_prompts, label_samples, label_weights, mean_loss, questions, score_labels
 from weitiao.train.folder import write_text

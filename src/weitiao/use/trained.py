@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from weitiao.config import ModelSettings, Settings, Source
+from weitiao.config import Settings
 from weitiao.data.dataset import Dataset
 from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
@@ -23,6 +23,8 @@ from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.method import Method
 from weitiao.model.source import model_folder
 from weitiao.screen import Screen
+from weitiao.settings.data import Source
+from weitiao.settings.model import ModelSettings
 from weitiao.train import memory
 from weitiao.train.check import cache_of
 from weitiao.train.evaluation import Progress, label_nll, no_progress

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import example
 
-from weitiao.config import FullSettings, LoraSettings, ModelSettings
 from weitiao.errors import SourceError
 from weitiao.model.attention import NAME
 from weitiao.model.families.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, split_adapter
 from weitiao.model.load import load_config, load_model, model_limit, trie_obstacle
 from weitiao.model.methods import METHODS, count_parameters
+from weitiao.settings.methods import FullSettings, LoraSettings
+from weitiao.settings.model import ModelSettings
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import prove
 

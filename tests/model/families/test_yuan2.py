@@ -14,18 +14,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from weitiao import config as settings
-from weitiao.config import LoraSettings, ModelSettings
 from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.errors import SourceError
 from weitiao.model import families
 from weitiao.model.families import yuan2
 from weitiao.model.families.yuan2 import YuanConfig, YuanForCausalLM
 from weitiao.model.load import load_config, load_model, model_limit, trie_obstacle
+from weitiao.model.load import checkpoint_activations
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
+from weitiao.settings.methods import LoraSettings
+from weitiao.settings.model import ModelSettings
 from weitiao.train import proof as proving
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import prove
-from weitiao.model.load import checkpoint_activations
 from weitiao.trie import build
 
 PAD = 3

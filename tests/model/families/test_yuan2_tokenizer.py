@@ -7,7 +7,6 @@ import json
 import pytest
 from yuan2 import BEHIND, LATER, NAMED, ROW, write_tokenizer
 
-from weitiao.config import DataSettings, ModelSettings
 from weitiao.data import dataset
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.templates import FOLDER, load_template
@@ -15,6 +14,8 @@ from weitiao.data.tokens import encode_turn
 from weitiao.errors import SourceError
 from weitiao.model.families.yuan2_tokenizer import Yuan2Tokenizer
 from weitiao.model.load import load_tokenizer
+from weitiao.settings.data import DataSettings
+from weitiao.settings.model import ModelSettings
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -20,10 +20,10 @@ from test_layers import (
 )
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
-from weitiao.config import AdapterSettings
 from weitiao.errors import RunError
 from weitiao.model.methods import count_parameters
 from weitiao.model.methods.adapter import Adapter, Bottleneck
+from weitiao.settings.methods import AdapterSettings
 
 PFEIFFER, HOULSBY = AdapterSettings(bottleneck=4), AdapterSettings(style="houlsby", bottleneck=4, activation="relu")
 

@@ -22,11 +22,11 @@ from test_layers import (
 )
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PhiConfig
 
-from weitiao.config import BitfitSettings
 from weitiao.errors import RunError, SettingError
 from weitiao.model.methods import count_parameters
 from weitiao.model.methods.added import WithTokens
 from weitiao.model.methods.bitfit import Bitfit
+from weitiao.settings.methods import BitfitSettings
 
 OWN, ADDED = BitfitSettings(), BitfitSettings(add_bias=True)
 WITH_BIASES, WITHOUT = ["bloom", "gpt2", "qwen2", "glm"], ["llama", "mistral", "gemma3"]

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers as T
 
-from weitiao.config import BitfitSettings, FullSettings, LoraSettings, PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.model.families.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
 from weitiao.model.families.yuan2 import YuanConfig, YuanForCausalLM
 from weitiao.model.methods import METHODS, count_parameters, trainable_summary
+from weitiao.settings.methods import BitfitSettings, FullSettings, LoraSettings, PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.train.loss import learn_on_tries
 
 

@@ -17,10 +17,10 @@ from test_layers import (
 )
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
-from weitiao.config import FullSettings
 from weitiao.errors import RunError, SettingError
 from weitiao.model.methods import count_parameters
 from weitiao.model.methods.full import Full
+from weitiao.settings.methods import FullSettings
 
 LAST = FullSettings(last_layers=1)
 BLOOM_800M = BloomConfig(hidden_size=1536, n_layer=24, n_head=16, vocab_size=46145)

@@ -21,10 +21,10 @@ from test_layers import (
 )
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
-from weitiao.config import Ia3Settings
 from weitiao.errors import SettingError
 from weitiao.model.methods import count_parameters
 from weitiao.model.methods.ia3 import Ia3
+from weitiao.settings.methods import Ia3Settings
 
 AUTO = Ia3Settings()
 BLOOM = dict(n_layer=24, n_head=16, vocab_size=46145)

@@ -7,9 +7,10 @@ import torch
 from conftest import tiny_model
 
 from weitiao import config
-from weitiao.config import LoraSettings, TrainingSettings
 from weitiao.errors import SettingError
 from weitiao.model.methods import METHODS, count_parameters
+from weitiao.settings.methods import LoraSettings
+from weitiao.settings.training import TrainingSettings
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import make_optimizer
 

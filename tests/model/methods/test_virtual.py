@@ -5,7 +5,6 @@ import torch
 from conftest import example, tiny_model
 
 from weitiao import config
-from weitiao.config import PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.data.batch import padded_batch, trie_batch
 from weitiao.errors import SettingError
 from weitiao.model import attention
@@ -13,6 +12,7 @@ from weitiao.model.generate import batches_of, padding_shows, room
 from weitiao.model.methods import METHODS, count_parameters
 from weitiao.model.methods.virtual import COMMON, demonstrations, spread, start_ids
 from weitiao.model.methods.wiring import keys_and_values, with_places
+from weitiao.settings.methods import PrefixSettings, PromptSettings, PtuningSettings
 from weitiao.train.loss import learn_on_tries
 from weitiao.trie import build
 
@@ -261,7 +261,7 @@ def test_a_padded_pass_counts_the_virtual_tokens_of_each_row():
 
 
 def test_weight_decay_leaves_alone_what_does_not_stand_for_zero():
-    from weitiao.config import TrainingSettings
+    from weitiao.settings.training import TrainingSettings
     from weitiao.train.optimizer import make_optimizer
 
     for settings, decayed in ((PromptSettings(), 0), (PtuningSettings(encoder_hidden=8), 4)):

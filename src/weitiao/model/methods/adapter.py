@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from weitiao.config import AdapterSettings
 from weitiao.model.methods.layers import sublayer_ends, width
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import AdapterSettings
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 WEIGHTS, FACTS = "adapters.safetensors", "adapter.json"

@@ -16,9 +16,9 @@ from typing import Any, final
 
 import torch
 
-from weitiao.config import LoraSettings
 from weitiao.errors import SettingError
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import LoraSettings
 
 ADAPTER = "added"
 FILE = "tokens.safetensors"

@@ -20,10 +20,10 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from weitiao.config import BitfitSettings
 from weitiao.errors import RunError, SettingError
 from weitiao.model.methods.layers import select
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import BitfitSettings
 
 FILE = "biases.safetensors"
 

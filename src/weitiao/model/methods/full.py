@@ -12,10 +12,10 @@ from typing import final
 
 import torch
 
-from weitiao.config import FullSettings
 from weitiao.errors import RunError, SettingError
 from weitiao.model.methods.layers import decoder_layers, final_norm
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import FullSettings
 
 
 @final

@@ -13,10 +13,10 @@ from typing import final
 
 import torch
 
-from weitiao.config import Ia3Settings
 from weitiao.errors import SettingError
 from weitiao.model.methods.layers import is_conv1d, keys_and_values, select, sublayer_ends, within_layer
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import Ia3Settings
 
 
 @final

@@ -16,10 +16,10 @@ from typing import Any, final
 
 import torch
 
-from weitiao.config import LoraSettings
 from weitiao.errors import SettingError
 from weitiao.model.methods.layers import is_conv1d, linear_names
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import LoraSettings
 
 PISSA = "pissa_niter_16"  # by a randomised SVD of 16 iterations, seconds in the place of minutes; the start is exact with any
 

@@ -12,11 +12,11 @@ from typing import final
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from weitiao.config import PrefixSettings
 from weitiao.errors import SettingError
 from weitiao.model.load import TRIE_LAYERS
 from weitiao.model.methods.virtual import Network, Table, VirtualMethod, VirtualTokens, peft_sizes, spread, start_ids
 from weitiao.model.methods.wiring import cache_first, kv_shape
+from weitiao.settings.methods import PrefixSettings
 
 
 @final

@@ -6,9 +6,9 @@ from typing import final
 
 import torch
 
-from weitiao.config import PromptSettings
 from weitiao.model.methods.virtual import Table, VirtualMethod, VirtualTokens, peft_sizes, spread
 from weitiao.model.methods.wiring import embed_first
+from weitiao.settings.methods import PromptSettings
 
 
 @final

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import final
 
-from weitiao.config import PtuningSettings
 from weitiao.model.methods.prompt import embeddings
 from weitiao.model.methods.virtual import Network, VirtualMethod, VirtualTokens, hidden_size, peft_sizes
 from weitiao.model.methods.wiring import embed_first
+from weitiao.settings.methods import PtuningSettings
 
 
 @final

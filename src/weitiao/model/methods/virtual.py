@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from weitiao.config import VirtualSettings
 from weitiao.errors import SettingError
 from weitiao.model.methods.method import Method
+from weitiao.settings.methods import VirtualSettings
 from weitiao.trie import Example
 
 OTHERS = "Expected a model whose tokens go through its backbone as a Llama's do."
