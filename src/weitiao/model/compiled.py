@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from weitiao.model.source import cache_folder
+from weitiao.model.source.cache import cache_folder
 
 FILES = tuple(sorted(Path(__file__).with_name("native").glob("*.[ch]")))
 COMPILERS = ("gcc", "cc")

@@ -32,7 +32,7 @@ from weitiao.data.workers import in_order, usual_workers
 from weitiao.errors import RowError, SettingError
 from weitiao.model import load as loading
 from weitiao.model.methods import method_of
-from weitiao.model.source import cache_folder
+from weitiao.model.source.cache import cache_folder
 from weitiao.screen import Screen, duration
 from weitiao.settings.data import DataSettings, Source
 from weitiao.train.fitness import setting_findings

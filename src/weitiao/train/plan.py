@@ -24,7 +24,7 @@ from weitiao.model import load as loading
 from weitiao.model.known import known_config, known_names
 from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.added import WithTokens
-from weitiao.model.source import EMBEDDED
+from weitiao.model.source.wheel import EMBEDDED
 from weitiao.screen import Screen, duration, format_bytes
 from weitiao.train.check import cache_of, room_and_vocabulary
 from weitiao.train.devices import device_named, parse_bytes

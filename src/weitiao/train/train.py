@@ -32,7 +32,9 @@ from weitiao.model import cpu, fused, kernels, offload, quantize, stream
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
 from weitiao.model.methods.method import Method
-from weitiao.model.source import EMBEDDED, hub_id, model_folder
+from weitiao.model.source import model_folder
+from weitiao.model.source.hub import hub_id
+from weitiao.model.source.wheel import EMBEDDED
 from weitiao.screen import Screen, StepLine, duration, format_bytes
 from weitiao.settings.data import DataSettings, Source
 from weitiao.train import memory, samples, stepping

@@ -11,7 +11,8 @@ from weitiao.config import Settings
 from weitiao.errors import SourceError
 from weitiao.model import load as loading
 from weitiao.model.methods import count_parameters, method_of, trainable_summary
-from weitiao.model.source import EMBEDDED, resolve
+from weitiao.model.source import resolve
+from weitiao.model.source.wheel import EMBEDDED
 from weitiao.screen import Screen
 from weitiao.train.loss import learn_on_tries
 

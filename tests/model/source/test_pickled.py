@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from weitiao.errors import SourceError
-from weitiao.model import pickled
 from weitiao.model.load import load_model
-from weitiao.model.source import cache_folder, model_folder, resolve
+from weitiao.model.source import model_folder, pickled, resolve
+from weitiao.model.source.cache import cache_folder
 from weitiao.settings.model import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
