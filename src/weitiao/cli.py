@@ -184,7 +184,7 @@ def refuse_slips(words: list[str]) -> None:
 
 def rows_first(words: list[str]) -> tuple[list[str], list[str]]:
     """(rows in front, the other words): for a check, rows need no option. What is in front and no YAML file is taken for rows."""
-    from weitiao.data.rows import READERS
+    from weitiao.data.rows.readers import READERS
 
     def names_rows(n: int, word: str) -> bool:
         if "=" in word or word.startswith("-") or word.lower().endswith((".yaml", ".yml")) or (Path(word) / "config.yaml").is_file():

@@ -143,7 +143,7 @@ def test_text_that_spells_a_role_stays_text(tokenizer, enc, text, name):
 def test_the_role_play_layout_is_tutorial_4_to_the_letter(tokenizer, enc):
     from weitiao.settings.data import DataSettings
     from weitiao.data.formats import convert, detect
-    from weitiao.data.rows import Row
+    from weitiao.data.rows.row import Row
 
     row = Row({"input": "妮露#关于提纳里", "output": "据说他是很厉害的植物学家。"}, "rows.jsonl", 1)
     settings = DataSettings(train=["rows.jsonl"], system="现在模仿原神角色评价他人")

@@ -10,7 +10,7 @@ from weitiao.data import rows as reading
 from weitiao.data.defects import DEFECTS, TABLE, find_all, shown
 from weitiao.data.findings import Tally
 from weitiao.data.formats import CannotTeach, convert, detect
-from weitiao.data.rows import Row
+from weitiao.data.rows.row import Row
 from weitiao.errors import RowError
 from weitiao.settings.data import DataSettings
 

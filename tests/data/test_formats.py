@@ -7,7 +7,7 @@ import pytest
 
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.formats import FORMATS, CannotTeach, convert, detect, rename, row_weight
-from weitiao.data.rows import Row
+from weitiao.data.rows.row import Row
 from weitiao.errors import RowError
 from weitiao.settings.data import DataSettings
 

@@ -10,7 +10,7 @@ import pytest
 
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.dataset import load
-from weitiao.data.rows import Row
+from weitiao.data.rows.row import Row
 from weitiao.data.survey import ALIKE, BINS, Facts, Survey, Surveyor, earlier_equal, first_among, frequent_grams, grams, loose, nearly_earlier, sketch, sketches_of
 from weitiao.data.templates import load_template
 from weitiao.settings.data import DataSettings

@@ -167,7 +167,7 @@ def test_tools_reach_the_prompt():
 def test_human_assistant_is_tutorial_0_to_the_letter(bare, instruction, given, prompt):
     from weitiao.settings.data import DataSettings
     from weitiao.data.formats import convert
-    from weitiao.data.rows import Row
+    from weitiao.data.rows.row import Row
 
     template = load_template("human_assistant", bare)
     row = Row({"instruction": instruction, "input": given, "output": "一份好简历……"}, "rows.json", 1)

@@ -34,6 +34,7 @@ from weitiao.data import rows as reading
 from weitiao.data.dataset import Dataset, load, refuse_outside
 from weitiao.data.gathered import Skipped
 from weitiao.data.labels import Labels
+from weitiao.data.rows.row import place_of, where_of
 from weitiao.data.stored import COLUMNS, StoredRows
 from weitiao.data.survey import Survey
 from weitiao.data.templates import Template
@@ -294,7 +295,7 @@ def _of_file(file: Path) -> str:
 def _of_code() -> str:
     """Of what makes ids of rows: another version of it may make others."""
     told = hashlib.sha256()
-    for file in sorted([*Path(__file__).parent.glob("*.py"), Path(trie.__file__)]):
+    for file in sorted([*Path(__file__).parent.rglob("*.py"), Path(trie.__file__)]):
         told.update(file.read_bytes())
     return told.hexdigest()
 
@@ -331,7 +332,7 @@ def _to_facts(data: Dataset, noted: Survey | None, names: Sequence[str]) -> tupl
     facts = {
         "files": [numbers[name] for name in data.rows.files], "max_tokens": data.max_tokens, "cut": data.cut,
         "labels": data.labels.as_dict() if data.labels else None,
-        "skipped": [[*reading.place_of(one.where, numbers), one.reason] for one in data.skipped], "survey": None,
+        "skipped": [[*place_of(one.where, numbers), one.reason] for one in data.skipped], "survey": None,
     }
     arrays = dict(data.rows.columns)
     if noted is not None:
@@ -342,7 +343,7 @@ def _to_facts(data: Dataset, noted: Survey | None, names: Sequence[str]) -> tupl
 
 def _from_facts(facts: dict[str, Any], arrays: dict[str, np.ndarray], names: Sequence[str]) -> tuple[Dataset, Survey | None]:
     rows = StoredRows.all({name: arrays[name] for name in COLUMNS}, [names[i] for i in facts["files"]])
-    skipped = [Skipped(reading.where_of(names[file], line), reason) for file, line, reason in facts["skipped"]]
+    skipped = [Skipped(where_of(names[file], line), reason) for file, line, reason in facts["skipped"]]
     noted = None
     if facts["survey"]:
         columns = {name.removeprefix("survey-"): array for name, array in arrays.items() if name.startswith("survey-")}

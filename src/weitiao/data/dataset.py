@@ -24,7 +24,8 @@ from weitiao.data.encoded import CHUNK, answer_of, read_row
 from weitiao.data.formats import detect
 from weitiao.data.gathered import Encoder, Gathered, Part, Skipped, fit, longest_turns
 from weitiao.data.labels import Labels, encode_labels, words_of
-from weitiao.data.rows import Row
+from weitiao.data.rows.mix import mix
+from weitiao.data.rows.row import Reading, Row
 from weitiao.data.stored import StoredRows
 from weitiao.data.templates import Template
 from weitiao.data.workers import in_order, usual_workers
@@ -190,7 +191,7 @@ class Opened:
 
     @classmethod
     def of(cls, source: Source, settings: DataSettings, most: int | None) -> Opened:
-        told = reading.Reading(on_error=(lambda error: None) if most else None)
+        told = Reading(on_error=(lambda error: None) if most else None)
         rows = islice(reading.read_rows(source.path, split=source.split, name=source.subset, reading=told), most)
         first: list[Row] = []
         format = detect((first.append(row) or row for row in rows), settings)
@@ -240,7 +241,7 @@ class Mixed:
     def _drawn(self) -> list[tuple[Row, str, bool]]:
         found = [list(one.rows()) for one in self._fresh]
         formats = {id(row): format for rows, format in zip(found, self.formats, strict=True) for row in rows}
-        mixed = reading.mix(found, [source.share for source in self.sources], self.seed)
+        mixed = mix(found, [source.share for source in self.sources], self.seed)
         seen: set[int] = set()
         return [(row, formats[id(row)], not (id(row) in seen or seen.add(id(row)))) for row in mixed]
 

@@ -12,7 +12,7 @@ from itertools import islice
 from weitiao.data.conversation import Conversation
 from weitiao.data.formats import CannotTeach, convert
 from weitiao.data.labels import Labels
-from weitiao.data.rows import Row
+from weitiao.data.rows.row import Row
 from weitiao.data.templates import Template, Turn
 from weitiao.data.tokens import EncodedTurn, encode_prompts_alone, encode_turns
 from weitiao.errors import TemplateError

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weitiao.data.conversation import Conversation, Message
-from weitiao.data.rows import Row
+from weitiao.data.rows.row import Row
 from weitiao.errors import RowError
 from weitiao.settings.data import DataSettings
 

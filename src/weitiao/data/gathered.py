@@ -20,7 +20,7 @@ from weitiao.data.conversation import Conversation
 from weitiao.data.encoded import encode_rows, labelled, read_row
 from weitiao.data.formats import row_weight
 from weitiao.data.labels import Labels
-from weitiao.data.rows import Row, where_of
+from weitiao.data.rows.row import Row, where_of
 from weitiao.data.stored import COLUMNS, conversation_of, said_by
 from weitiao.data.templates import Template
 from weitiao.data.tokens import EncodedTurn, cut_front, examples

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from weitiao.data.conversation import Conversation, Message
-from weitiao.data.rows import where_of
+from weitiao.data.rows.row import where_of
 from weitiao.trie import Example
 
 # What a file of each holds.

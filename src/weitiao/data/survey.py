@@ -29,7 +29,7 @@ from weitiao.data.encoded import EncodedRow, answer_of, encode_rows, read_row, r
 from weitiao.data.findings import MOST_PLACES, Finding, Kind, Severity, Tally
 from weitiao.data.formats import row_weight
 from weitiao.data.labels import Labels
-from weitiao.data.rows import Row, place_of, where_of
+from weitiao.data.rows.row import Row, place_of, where_of
 from weitiao.data.stored import conversation_of, said_by
 from weitiao.data.templates import Template
 from weitiao.errors import RowError

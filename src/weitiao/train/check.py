@@ -25,7 +25,8 @@ from weitiao.data.encoded import CHUNK
 from weitiao.data.findings import SEVERITIES, Finding, Kind, Tally, worst_first
 from weitiao.data.formats import detect
 from weitiao.data.labels import Labels, words_of
-from weitiao.data.rows import Row
+from weitiao.data.rows.readers import READERS
+from weitiao.data.rows.row import Reading, Row
 from weitiao.data.survey import Facts, Lengths, Survey, Surveyor
 from weitiao.data.templates import Template, load_template
 from weitiao.data.workers import in_order, usual_workers
@@ -41,7 +42,7 @@ from weitiao.train.tree import folder_of
 
 PEEKED = 1000  # rows that a file's format is told from, and that make a small one
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
-SUFFIXES = "|".join(re.escape(suffix) for suffix in sorted(reading.READERS, key=len, reverse=True))
+SUFFIXES = "|".join(re.escape(suffix) for suffix in sorted(READERS, key=len, reverse=True))
 BAR = 40  # characters
 MOST_BRIEF = 6  # findings that a training tells
 
@@ -181,7 +182,7 @@ class Reader:
 
     def survey(self, sources: Sequence[Source], data: DataSettings, words: tuple[str, ...] = ()) -> Survey:
         """words: the labels of the rows that these are measured for."""
-        progress = reading.Reading(self._note_broken)
+        progress = Reading(self._note_broken)
         opened = [one for source in sources if (one := self._open(source, data, progress))]
         survey = Survey(Facts.of(data, self.template, self.vocabulary))
         if not words:
@@ -202,7 +203,7 @@ class Reader:
                 meter.reach(survey.rows, progress.bytes)
         return survey
 
-    def _open(self, source: Source, data: DataSettings, progress: reading.Reading) -> Opened | None:
+    def _open(self, source: Source, data: DataSettings, progress: Reading) -> Opened | None:
         rows = reading.read_rows(source.path, split=source.split, name=source.subset, reading=progress)
         peeked: list[Row] = []
         try:

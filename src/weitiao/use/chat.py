@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation, Message
 from weitiao.data.formats import CannotTeach, convert, detect, rename, with_answer
+from weitiao.data.rows import read_rows
+from weitiao.data.rows.row import Row
+from weitiao.data.rows.utf8 import read_lines
 from weitiao.errors import RowError, SettingError, SourceError
 from weitiao.model.generate import Answer, Sampling, answers_to, room, stream
 from weitiao.screen import Screen, quiet_libraries
@@ -143,13 +145,13 @@ def read_prompts(file: str, trained: Trained) -> list[Conversation]:
     if file.endswith(".txt"):
         if not Path(file).is_file():
             raise SourceError(f"There is no file {file}.")
-        lines = [text.rstrip("\r\n") for _, text in reading.read_lines(file) if text.strip()]
+        lines = [text.rstrip("\r\n") for _, text in read_lines(file) if text.strip()]
         if not lines:
             raise RowError(f"{file} holds no prompts.", "Expected one a line.")
         return [Conversation((Message("user", line),)) for line in lines]
     settings = trained.settings.data
-    found = [reading.Row(with_answer(rename(row.fields, settings.columns), settings), row.file, row.line)
-             for row in reading.read_rows(file)]
+    found = [Row(with_answer(rename(row.fields, settings.columns), settings), row.file, row.line)
+             for row in read_rows(file)]
     # The columns bear our names by now.
     settings = settings.model_copy(update={"columns": {}})
     format = detect(found, settings)
