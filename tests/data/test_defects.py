@@ -7,7 +7,8 @@ import pytest
 
 from weitiao import config
 from weitiao.data import rows as reading
-from weitiao.data.defects import DEFECTS, TABLE, find_all, shown
+from weitiao.data.defects import DEFECTS, find_all
+from weitiao.data.defects.shown import shown
 from weitiao.data.findings import Tally
 from weitiao.data.formats import CannotTeach, convert, detect
 from weitiao.data.rows.row import Row
@@ -28,16 +29,12 @@ def conversation_of(fields, format=None):
 
 
 def findings(fields, format=None):
-    """name -> Finding, each detector asked by itself."""
-    conversation = conversation_of(fields, format)
+    """name -> Finding"""
     found = {}
-    for name, defect in DEFECTS.items():
-        detail = defect.find(fields, conversation)
-        if detail is not None:
-            tally = Tally()
-            tally.add("rows.jsonl:1", detail)
-            found[name] = tally.finding(name, defect.kind, 1)
-    assert {name: finding.kind for name, finding in found.items()} == {name: name for name in find_all(fields, conversation)}
+    for name, detail in find_all(fields, conversation_of(fields, format)).items():
+        tally = Tally()
+        tally.add("rows.jsonl:1", detail)
+        found[name] = tally.finding(name, DEFECTS[name], 1)
     return found
 
 
@@ -94,7 +91,7 @@ PLANTED = {
 
 
 def test_every_defect_is_planted():
-    assert set(PLANTED) == set(DEFECTS) == set(TABLE)
+    assert set(PLANTED) == set(DEFECTS)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -105,7 +102,7 @@ def test_a_planted_row(name):
     assert found[name].what.startswith("1 of 1 rows ")
     assert detail in found[name].what
     assert cure in found[name].cure
-    assert "{" not in DEFECTS[name].kind.what.format(count=1, rows=1, share="", noun="row", detail=""), "every brace is filled in"
+    assert "{" not in DEFECTS[name].what.format(count=1, rows=1, share="", noun="row", detail=""), "every brace is filled in"
 
 
 MORE = [
@@ -192,7 +189,7 @@ def test_what_cannot_be_seen_is_shown_by_its_number():
     assert shown("a\x85b\nc\u3000d\u200b") == "a[U+0085]b c\u3000d[U+200B]"
 
 
-def test_the_same_fields_with_another_conversation_are_read_anew():
+def test_columns_that_have_been_named_are_not_foreign():
     fields = {"指示": "你好", "输出": "你好！"}
     renamed = conversation_of({"instruction": "你好", "output": "你好！"})
     assert "foreign_columns" in find_all(fields, None)
@@ -217,8 +214,7 @@ def test_clean_rows_cost_little():
     rows = [({"prompt": QUESTION, "completion": text}, conversation_of(answered(text))) for _ in range(1000)]
     begun = time.perf_counter()
     for fields, conversation in rows:
-        for defect in DEFECTS.values():
-            defect.find(fields, conversation)
+        find_all(fields, conversation)
     assert time.perf_counter() - begun < 0.5, "500 µs a row, some ten times what it takes"
 
 

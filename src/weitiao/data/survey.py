@@ -393,7 +393,7 @@ class Survey:
 
     def findings(self, lengths: Lengths, cure: str) -> list[Finding]:
         """All there is to say of these rows. cure: what keeps rows whole, where some are cut."""
-        kinds = SURVEY | {name: defect.kind for name, defect in DEFECTS.items()}
+        kinds = SURVEY | DEFECTS
         found = [tally.finding(name, kinds[name], self.rows) for name, tally in self.tallies.items()]
         for words, tally in self.skips.items():
             name, kind = SKIPS.get(words, CANNOT_TEACH)
