@@ -4,179 +4,37 @@
 
 A row takes about 80 bytes here, so a million of them fit beside anything. Two surveys of rows that follow each other are
 merged into one, which is how several processes read one file.
-
-Near duplicates are found by MinHash (Broder 1997) over runs of 5 characters, one permutation with empty bins filled from the
-next one (Shrivastava and Li 2014), of which a byte a bin is kept (b-bit MinHash, Li and König 2010): 32 bytes a row, in
-4 bands of 8. Rows that share a band are compared byte by byte; what most rows share, such as an instruction, is left out.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from weitiao.data.alike import BINS, digest, earlier_equal, first_among, frequent_grams, loose, nearly_earlier, sketches_of
 from weitiao.data.conversation import Conversation
 from weitiao.data.dataset import usual_length
 from weitiao.data.defects import DEFECTS, find_all
 from weitiao.data.encoded import EncodedRow, answer_of, encode_rows, read_row, refuse_unknown
-from weitiao.data.findings import MOST_PLACES, Finding, Kind, Severity, Tally
+from weitiao.data.findings import MOST_PLACES, Finding, Tally
 from weitiao.data.formats import row_weight
 from weitiao.data.labels import Labels
+from weitiao.data.lengths import Lengths
+from weitiao.data.remarks import CANNOT_TEACH, SAID_BY_DEFECTS, SKIPS, SURVEY
 from weitiao.data.rows.row import Row, place_of, where_of
 from weitiao.data.stored import conversation_of, said_by
 from weitiao.data.templates import Template
 from weitiao.errors import RowError
 from weitiao.settings.data import DataSettings
 
-# ---------------------------------------------------------------------------------------------- what there is to say
-
-def _skipped(what: str, cure: str, severity: Severity = "warning") -> Kind:
-    return Kind(severity, "{count} of {rows} rows skipped: " + what, cure)
-
-
-# How a reason begins -> what to say of all rows that have it.
-SKIPS: dict[str, tuple[str, Kind]] = {
-    "no answer with": ("unlearned", _skipped("{detail}.", "Give the answers to be learned a loss_weight above 0, or remove these rows.")),
-    "no answer": ("no_answer", _skipped("no answer.", "Write the answers, or remove these rows; if they stand in another column: data.columns='{output: NAME}'.")),
-    "no prompt": ("no_prompt", _skipped("an answer without a prompt.", "Write the prompts, or remove these rows; if they stand in another column, name it in data.columns.")),
-    "no label": ("no_label", _skipped("no label.", "Label them, or remove them.")),
-    "its label is none of": ("unknown_label", _skipped("a label that is not among those to be told; of the first one, {detail}.",
-                             "Name every label in data.labels, or mend these rows.")),
-    "no turns": ("no_turns", _skipped("a conversation without turns.", "Remove these rows.")),
-    "ends on": ("wrong_end", _skipped("a conversation that does not end with the assistant's answer; the first one {detail}.",
-                "Remove the last turn, or write its answer.")),
-    "unknown speaker": ("unknown_speaker", _skipped("a turn of a role that is not known; in the first one, {detail}.",
-                        "Rename it: system, user (or human), assistant (or gpt), tool.")),
-    "its columns are": ("columns", _skipped("columns unlike the file's others; of the first one, {detail}.",
-                        "Name the columns as in the other rows.")),
-    "The template": ("refused_by_template", _skipped("refused by the chat template. {detail}.",
-                     "Let the roles come as the template wants them, mostly user and assistant in turn, or choose another one (data.template).")),
-}
-# What a look at the row's fields has said better, with the row's place.
-SAID_BY_DEFECTS = {
-    "ends on": {"ends_on_human", "preference"}, "unknown speaker": {"unknown_speaker"}, "its columns are": {"foreign_columns", "preference"},
-    "half of a surrogate": {"lone_surrogates"},
-}
-CANNOT_TEACH = ("cannot_teach", _skipped("{detail}.", "Mend or remove these rows."))
-
-SURVEY: dict[str, Kind] = {
-    "nothing_to_learn": Kind("error", "Nothing can be learned from any of the {rows} rows.", "The other findings say why."),
-    "too_many_skipped": Kind("error", "{count} of {rows} rows ({share}) cannot teach, {detail}.", "Mend them, or allow them: data.bad_rows=skip with a larger data.bad_share."),
-    "weight": Kind("error", "{count} of {rows} rows without a weight that can be read. {detail}", "Give each row a number of 0 or more in the column of data.weight_column."),
-    "outside": Kind("error", "{count} of {rows} rows with a token outside the model's embedding: {detail}.",
-                    "Use the tokenizer that came with the model, or leave out the tokens that were added to it."),
-    "dropped": Kind("warning", "{count} of {rows} rows skipped: the prompt alone leaves no room for an answer within {detail}.", ""),
-    "answer_cut": Kind("warning", "{count} of {rows} rows ({share}) lose the end of their answer, being longer than {detail}. "
-                                  "The stop token is kept: the model learns to break off there.", ""),
-    "chat_cut": Kind("warning", "{count} of {rows} chats ({share}) lose their last turns, being longer than {detail}. The turns before stay whole.", ""),
-    "front_cut": Kind("warning", "{count} of {rows} rows ({share}) lose the front of their text, being longer than {detail}. Their label is kept.", ""),
-    "weight_0": Kind("note", "{count} of {rows} rows have a weight of 0: nothing is learned of them.", "If that is not meant, mend the column of data.weight_column."),
-    "little_learned": Kind("note", "{detail} of all tokens are learned: the prompts dwarf the answers.",
-                           "Shorter prompts train faster; what prompts share, the token trie computes once."),
-    "duplicates": Kind("warning", "{count} of {rows} rows ({share}) repeat an earlier one, prompt and answer: {detail}.",
-                       "Remove them. If a row is to count more, say so in a column of weights (data.weight_column)."),
-    "contradicting_labels": Kind("warning", "{count} of {rows} rows with the text of an earlier one, and another label: {detail}.", "Decide on one label for each text."),
-    "several_answers": Kind("note", "{count} of {rows} rows ({share}) with the prompt of an earlier one, and another answer: {detail}.",
-                            "Keep one answer a prompt, unless several are meant."),
-    "near_duplicates": Kind("note", "{count} of {rows} rows ({share}) say nearly the same as an earlier one: {detail}.",
-                            "Where they differ in nothing that matters, keep one."),
-    "second_bos": Kind("warning", "{count} of {rows} rows begin with the beginning-of-sequence token twice.",
-                       "Take it out of the rows' text, or out of the template (data.template)."),
-    "stop_inside": Kind("warning", "{count} of {rows} rows with the stop token inside an answer: {detail}. The model learns to end there, and to go on.",
-                        "Take the text of that token out of the answers."),
-    "seam": Kind("note", "In {count} of {rows} rows ({share}) prompt and answer, encoded together, would merge across the seam. "
-                         "The answer is encoded alone, as it will be generated.", "Nothing has to be done. A template whose prompts end in a line end avoids it."),
-    "unbalanced": Kind("warning", "Labels out of balance: {detail}.",
-                       "Add rows of the rare ones or let them count more (data.weight_column), and choose by evaluation.metric=macro_f1."),
-    "label_blocks": Kind("note", "The rows stand in blocks of one label: {detail}.", "Nothing has to be done, weitiao shuffles. The first rows of the file would show one label only."),
-    "eval_overlap": Kind("warning", "{count} of {rows} rows of data.eval ({share}) are also learned from: {detail}.", "Remove them from one of the two; scores would be too good."),
-    "eval_prompts": Kind("warning", "{count} of {rows} rows of data.eval ({share}) have the prompt of a training row, and another answer: {detail}.",
-                         "Remove them from one of the two, unless a prompt has several answers."),
-    "eval_new_labels": Kind("warning", "{count} of {rows} rows of data.eval have a label that no training row has: {detail}.",
-                            "Add training rows of it, or name the labels alike (data.labels)."),
-}
-
-# ------------------------------------------------------------------------------------------------ texts, without what differs little
-
 LITTLE = 0.02  # of the tokens
-NOT_LETTERS = re.compile(r"[\W\d_]+")
-NO_ASCII_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())  # the same, ten times as fast
 LEAST_LETTERS = 8  # of a text that is told by them: 1+1=2 and 3+5=8 have none
-MOST_CHARACTERS = 20_000  # of a conversation that are looked at
-GRAM = 5
 TOGETHER = 100_000  # characters whose runs are hashed in one go
-BINS, BANDS, ALIKE = 32, 4, 28  # 28 of 32 bytes alike: rows that share about nine of ten runs of characters
-EDGES = np.arange(BINS, dtype=np.uint32) << np.uint32(27)
-FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1], np.uint32)
-NO_SKETCH = bytes(BINS)
-
-
-def loose(conversation: Conversation) -> str:
-    """What is said, without case, digits, punctuation and spaces."""
-    said = "\n".join(m.content for m in conversation.messages if m.role != "system")
-    said = said[:MOST_CHARACTERS].casefold()
-    return said.encode().translate(None, NO_ASCII_LETTERS).decode() if said.isascii() else NOT_LETTERS.sub("", said)
-
-
-def grams(text: str) -> np.ndarray:
-    """A hash of each run of 5 characters, uint32."""
-    letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    if len(letters) < GRAM:
-        return np.zeros(0, np.uint32)
-    last = len(letters) - GRAM + 1
-    mixed = letters[:last] * FACTORS[0]
-    for i in range(1, GRAM):
-        mixed = (mixed ^ (mixed >> np.uint32(13))) + letters[i : last + i] * FACTORS[i]
-    mixed ^= mixed >> np.uint32(15)
-    mixed *= np.uint32(0x2C1B3C6D)
-    mixed ^= mixed >> np.uint32(12)
-    mixed *= np.uint32(0x297A2D39)
-    return mixed ^ (mixed >> np.uint32(15))
-
-
-def sketches_of(texts: Sequence[str], frequent: np.ndarray) -> bytes:
-    """A sketch each. Their runs are hashed together, and those across the end of a text left out: short ones cost most by their number."""
-    hashes = grams("".join(texts))
-    ends = np.cumsum([len(text) for text in texts]).tolist()
-    return b"".join([sketch(hashes[end - len(text) : max(end - GRAM + 1, end - len(text))], frequent) for text, end in zip(texts, ends, strict=True)])
-
-
-def sketch(hashes: np.ndarray, frequent: np.ndarray) -> bytes:
-    """32 bytes, of which two texts share as large a part as of their runs of characters; 0s for a text too short to tell."""
-    if len(frequent) and len(hashes):
-        hashes = hashes[frequent[np.searchsorted(frequent, hashes) % len(frequent)] != hashes]
-    if len(hashes) < BINS // 2:
-        return NO_SKETCH
-    hashes = np.sort(hashes)
-    least = np.searchsorted(hashes, EDGES)  # the least hash of each bin; of an empty one, that of the next
-    least[least == len(hashes)] = 0
-    return (hashes[least] & np.uint32(255)).astype(np.uint8).tobytes()
-
-
-def frequent_grams(texts: Iterable[str], least: int = 16, share: float = 0.1) -> np.ndarray:
-    """The runs of characters that more than a tenth of the texts have, sorted: an instruction that all share."""
-    each = [np.unique(grams(text)) for text in texts]
-    if len(each) < least:
-        return np.zeros(0, np.uint32)
-    found, counts = np.unique(np.concatenate(each), return_counts=True)
-    return found[counts >= max(least, share * len(each))]
-
-
-def digest(*parts: bytes) -> int:
-    told = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        told.update(part)
-    return int.from_bytes(told.digest(), "little")
-
-
-# ------------------------------------------------------------------------------------------------ the survey
 
 
 @dataclass(frozen=True)
@@ -494,95 +352,8 @@ class Survey:
         ]
 
 
-@dataclass(frozen=True, eq=False)
-class Lengths:
-    """limit: the longest row in force. longest: tokens of each row uncut, int64. Rows by number: those dropped, cut in their
-    one answer, cut to fewer turns, cut in front of a label, weighing 0. tokens, learned: as trained, over all turns."""
-
-    limit: int
-    longest: np.ndarray
-    dropped: np.ndarray
-    answer_cut: np.ndarray
-    chat_cut: np.ndarray
-    front_cut: np.ndarray
-    weight_0: np.ndarray
-    tokens: int
-    learned: int
-
-    @property
-    def cut(self) -> int:
-        return len(self.answer_cut) + len(self.chat_cut) + len(self.front_cut)
-
-    def keeping(self, share: float) -> int:
-        """The max_tokens under which this share of the rows stay whole."""
-        return int(np.percentile(self.longest, 100 * share, method="higher")) if len(self.longest) else 0
-
-    def histogram(self, bins: int = 12) -> list[tuple[int, int, int]]:
-        """(from, up to and with, rows) by length, in steps of a round number."""
-        if not len(self.longest):
-            return []
-        top = max(self.keeping(0.999), 8)
-        raw = top / bins
-        unit = 10 ** int(np.floor(np.log10(raw)))
-        step = max(1, int(next(unit * k for k in (1, 2, 5, 10) if unit * k >= raw)))
-        edges = list(range(0, top + step, step))
-        counts = np.histogram((self.longest - 1) // step, bins=np.arange(len(edges)))[0] if len(edges) > 1 else []
-        found = [(low + 1, low + step, int(count)) for low, count in zip(edges, counts)]
-        beyond = int((self.longest > found[-1][1]).sum()) if found else 0
-        return [*found, (found[-1][1] + 1, int(self.longest.max()), beyond)] if beyond else found
-
-
 def _dtype(column: array) -> np.dtype:
     return np.dtype(f"{'i' if column.typecode == 'i' else 'u'}{column.itemsize}")
-
-
-# ------------------------------------------------------------------------------------------------ repeats
-
-
-def earlier_equal(values: np.ndarray) -> np.ndarray:
-    """The place of the first equal value before each; -1 for the first ones. [7, 8, 7, 7] -> [-1, -1, 0, 0]"""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    begins = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(values) else np.zeros(0, bool)
-    heads = order[np.maximum.accumulate(np.where(begins, np.arange(len(values)), 0))] if len(values) else order
-    found = np.full(len(values), -1, np.int64)
-    found[order[~begins]] = heads[~begins]
-    return found
-
-
-def first_among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The place of each value's first occurrence in `known`, or -1."""
-    if not len(known):
-        return np.full(len(values), -1, np.int64)
-    order = np.argsort(known, kind="stable")
-    at = np.minimum(np.searchsorted(known[order], values), len(known) - 1)
-    return np.where(known[order][at] == values, order[at], -1)
-
-
-def nearly_earlier(texts: np.ndarray, sketches: np.ndarray) -> np.ndarray:
-    """The place of an earlier row that says nearly the same; -1 for the others.
-
-    texts: a hash of each text without case, digits, punctuation and spaces. sketches: uint8 [rows, 32].
-    """
-    found = earlier_equal(texts)
-    told = np.flatnonzero(sketches.any(1))
-    for band in sketches[told].view(np.uint64).T if len(told) else ():
-        order = np.argsort(band, kind="stable")
-        ordered = band[order]
-        begins = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-        heads = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
-        befores = np.concatenate([[0], order[:-1]])
-        later = ~begins
-        for others in (heads, befores):  # the first of its group, and its neighbour there
-            mine, theirs = told[order[later]], told[others[later]]
-            alike = (sketches[mine] == sketches[theirs]).sum(1) >= ALIKE
-            mine, theirs = mine[alike], theirs[alike]
-            new = found[mine] < 0
-            found[mine[new]] = theirs[new]
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ many rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,10 @@ from weitiao.data.encoded import CHUNK
 from weitiao.data.findings import SEVERITIES, Finding, Kind, Tally, worst_first
 from weitiao.data.formats import detect
 from weitiao.data.labels import Labels, words_of
+from weitiao.data.lengths import Lengths
 from weitiao.data.rows.readers import READERS
 from weitiao.data.rows.row import Reading, Row
-from weitiao.data.survey import Facts, Lengths, Survey, Surveyor
+from weitiao.data.survey import Facts, Survey, Surveyor
 from weitiao.data.templates import Template, load_template
 from weitiao.data.workers import in_order, usual_workers
 from weitiao.errors import RowError, SettingError
