@@ -209,6 +209,15 @@ def test_it_takes_from_the_cache_what_is_there_and_gives_the_same_rows(template,
     assert np.diff(found.starts).tolist() == [8, len(before) - 8]
 
 
+def test_what_is_told_of_the_rows_is_the_same_from_the_cache(template, monkeypatch):
+    write([row | {"weight": n % 3} for n, row in enumerate(ROWS)] + [BAD | {"weight": 1}, {"prompt": "long " * 20, "completion": "1", "weight": 1}])
+    cache = Cache(Path("kept"), 10**9)
+    told = encoded(template, cache, max_tokens=30, weight_column="weight")[1].told()
+    monkeypatch.setattr(streamed.Streamed, "_take_rest", lambda self: pytest.fail("encoded again"))
+    assert encoded(template, cache, max_tokens=30, weight_column="weight")[1].told() == told
+    assert told.startswith("All 52 rows are encoded: 33 can teach. Skipped:\n  1 row")
+
+
 def test_an_end_before_the_end_leaves_nothing_in_the_cache(template):
     write(ROWS)
     _, all_rows = stream(template, Cache(Path("kept"), 10**9))

@@ -330,7 +330,7 @@ def _of_saved(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _to_facts(data: Dataset, noted: Survey | None, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     numbers = {name: i for i, name in reversed(list(enumerate(names)))}
     facts = {
-        "files": [numbers[name] for name in data.rows.files], "max_tokens": data.max_tokens, "cut": data.cut,
+        "files": [numbers[name] for name in data.rows.files], "max_tokens": data.max_tokens, "cut": data.cut, "read": data.read,
         "labels": data.labels.as_dict() if data.labels else None,
         "skipped": [[*place_of(one.where, numbers), one.reason] for one in data.skipped], "survey": None,
     }
@@ -348,7 +348,7 @@ def _from_facts(facts: dict[str, Any], arrays: dict[str, np.ndarray], names: Seq
     if facts["survey"]:
         columns = {name.removeprefix("survey-"): array for name, array in arrays.items() if name.startswith("survey-")}
         noted = Survey.from_facts(facts["survey"], columns, names)
-    return Dataset(rows, skipped, facts["max_tokens"], facts["cut"], Labels.from_dict(facts["labels"])), noted
+    return Dataset(rows, skipped, facts["max_tokens"], facts["cut"], Labels.from_dict(facts["labels"]), facts["read"]), noted
 
 
 def _write(facts: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path) -> None:

@@ -43,7 +43,8 @@ FEW = 4096  # rows that one process encodes as soon as several do
 class Dataset:
     """Rows that can teach. max_tokens is the longest row in force; cut counts the rows that lost tokens to it.
 
-    labels: what the rows are classified as; None where texts are learned.
+    labels: what the rows are classified as; None where texts are learned. read: rows of the files, those of weight 0 and
+    those that cannot teach included.
     """
 
     rows: StoredRows = field(default_factory=StoredRows.none)
@@ -51,6 +52,7 @@ class Dataset:
     max_tokens: int = 0
     cut: int = 0
     labels: Labels | None = None
+    read: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,7 +110,7 @@ def load(
     for _ in progress(_gathered(read, chain(first, encoding.parts), survey), "Reading rows"):
         pass
     data = encoding.dataset(read, max_tokens)
-    encoding.refuse_idle(data, read.rows)
+    encoding.refuse_idle(data)
     return data
 
 
@@ -146,16 +148,16 @@ class Encoding:
         found = StoredRows.all(fitted.columns | read.long_columns(), list(read.files))
         refuse_outside(found, self.vocabulary)
         skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
-        return Dataset(found, skipped, limit, fitted.cut, self.labels)
+        return Dataset(found, skipped, limit, fitted.cut, self.labels, read.rows)
 
-    def refuse_idle(self, data: Dataset, rows: int) -> None:
+    def refuse_idle(self, data: Dataset) -> None:
         """
         Raises:
             RowError: nothing can be learned from these rows, or too many of them cannot teach.
         """
-        refuse_if_too_many(data.skipped, rows, self.settings)
+        refuse_if_too_many(data.skipped, data.read, self.settings)
         if not len(data):
-            raise RowError(f"Nothing can be learned from any of the {rows} rows: each has a weight of 0.",
+            raise RowError(f"Nothing can be learned from any of the {data.read} rows: each has a weight of 0.",
                            f"Expected weights above 0 in the column {self.settings.weight_column!r}.")
 
 
@@ -363,7 +365,7 @@ def skipped_summary(skipped: Sequence[Skipped], named: int = 3) -> str:
     for item in skipped:
         by_reason[item.reason.split(":")[0]].append(item)
     lines = []
-    for reason, items in sorted(by_reason.items(), key=lambda pair: -len(pair[1])):
+    for reason, items in sorted(by_reason.items(), key=lambda pair: (-len(pair[1]), pair[0])):
         places = ", ".join(item.where for item in items[:named]) + (", …" if len(items) > named else "")
         text = items[0].reason if len({item.reason for item in items}) == 1 else reason
         lines.append(f"  {len(items)} {'row' if len(items) == 1 else 'rows'}: {text} ({places})")

@@ -56,9 +56,8 @@ def begin(
     parts = list(islice(encoding.parts, BLOCK // CHUNK))
     for part in parts:
         survey.merge(part.survey)
-    read = _together(parts)
-    first = encoding.dataset(read)
-    encoding.refuse_idle(first, read.rows)
+    first = encoding.dataset(_together(parts))
+    encoding.refuse_idle(first)
     asked = Asked(sources, settings, template, model_limit, seed, settings.max_tokens, task, None)
     return first, Streamed(encoding, parts, first, cache, asked, survey.another())
 
@@ -87,7 +86,7 @@ class Streamed:
         self.waiting = list(parts)  # that are gathered for the cache as soon as it is known whether it wants them
         self.max_tokens = first.max_tokens
         self.skipped: list[Skipped] = list(first.skipped)
-        self.read = self.first_rows = sum(part.rows for part in parts)  # rows of the files
+        self.read = self.first_rows = first.read  # rows of the files
         self.blocks: list[Callable[[], StoredRows]] = [lambda: first.rows]
         self.starts = [0, len(first)]  # the number of each block's first row, and of the next one's
         self.error: WeitiaoError | None = None
@@ -173,7 +172,7 @@ class Streamed:
         known = self.cache.find(self.asked, self.max_tokens, "classify" if classified else "answer")
         if known:
             rest = known.rows.of(slice(self.starts[-1], None))
-            self.skipped, self.read = known.skipped, len(known.rows) + len(known.skipped)
+            self.skipped, self.read = known.skipped, known.read
             self._publish(lambda: rest, len(rest))
             self.whole = True
         return known is not None
@@ -185,9 +184,9 @@ class Streamed:
             self._keep(all_of_it, self.waiting)
             while not self.stopped and (parts := list(islice(self._until_stopped(), BLOCK // CHUNK))):
                 self._keep(all_of_it, parts)
-                data = self.encoding.dataset(block := _together(parts), self.max_tokens)
+                data = self.encoding.dataset(_together(parts), self.max_tokens)
                 self.skipped += data.skipped
-                self.read += block.rows
+                self.read += data.read
                 self._refuse_if_too_many()
                 self._publish(spill.put(data.rows), len(data))
             self.whole = not self.stopped
