@@ -199,14 +199,44 @@ def test_what_it_leaves_in_the_cache_is_what_an_ordinary_run_would(template, mad
     assert told[0] == told[1] and told[0]
 
 
-def test_it_takes_from_the_cache_what_is_there_and_gives_the_same_rows(template, monkeypatch):
-    write(ROWS + [BAD])
+ONE_LONGER = [*ROWS, {"prompt": "7" * 50, "completion": "7" * 30}, BAD]
+MANY_LONGER = [{"text": "1" * n, "label": "34"[n % 2]} for n in range(5, 45)]
+
+
+@pytest.mark.parametrize("rows, settings", [
+    (ROWS + [BAD], {"max_tokens": 30}), (ONE_LONGER, {}), (MANY_LONGER, {"labels": {"3": "3", "4": "4"}}), ([ONE_LONGER[-2], *ROWS * 4], {}),
+])
+def test_it_takes_from_the_cache_what_is_there_and_gives_the_same_rows(template, made, rows, settings, monkeypatch):
+    write(rows)
     cache = Cache(Path("kept"), 10**9)
-    before = encoded(template, cache, max_tokens=30)[2]
+    first, all_rows, before = encoded(template, cache, **settings)
     monkeypatch.setattr(streamed.Streamed, "_take_rest", lambda self: pytest.fail("encoded again"))
-    _, found, after = encoded(template, cache, max_tokens=30)
-    assert after == before and [one.where for one in found.skipped] == ["rows.jsonl:51"]
-    assert np.diff(found.starts).tolist() == [8, len(before) - 8]
+    _, found, after = encoded(template, cache, **settings)
+    assert after == before and found.skipped == all_rows.skipped and found.max_tokens == all_rows.max_tokens
+    assert np.diff(found.starts).tolist() == [len(first), len(before) - len(first)]
+    assert plain(read(template, cache, **settings | {"max_tokens": first.max_tokens})[0].rows, len(before)) == before
+    kept, whole = read(template, cache, **settings)[0], read(template, **settings)[0]
+    assert kept.fingerprint() == whole.fingerprint() and kept.cut == whole.cut and len(made) == 1
+    assert (whole.max_tokens != first.max_tokens) == ("max_tokens" not in settings)
+
+
+def test_it_adds_its_cut_to_what_an_ordinary_run_left_there(template, made, monkeypatch):
+    write(ONE_LONGER)
+    cache = Cache(Path("kept"), 10**9)
+    whole, _ = read(template, cache, surveyed=True)
+    before = encoded(template, cache)[2]
+    assert read(template, cache, surveyed=True)[0].fingerprint() == whole.fingerprint() and len(made) == 1
+    monkeypatch.setattr(streamed.Streamed, "_take_rest", lambda self: pytest.fail("encoded again"))
+    assert encoded(template, cache)[2] == before
+
+
+def test_rows_that_are_found_cut_elsewhere_are_refused_as_if_they_were_made(template):
+    write([{"prompt": "7" * 60, "completion": "7"}, *ROWS * 4])  # the usual length leaves the one row no answer
+    cache = Cache(Path("kept"), 10**9)
+    encoded(template, cache, bad_share=0)
+    for here in (cache, Cache(Path("kept"), 0)):
+        with pytest.raises(RowError, match="1 of 201 rows cannot teach"):
+            read(template, here, bad_share=0)
 
 
 def test_what_is_told_of_the_rows_is_the_same_from_the_cache(template, monkeypatch):

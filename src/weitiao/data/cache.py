@@ -2,7 +2,11 @@
 
     files' content, tokenizer, template, settings ── key ── CACHE/<key>/facts      labels, skipped rows, what a survey noted
                                                                        ids, begin, …  the columns of StoredRows, mapped
-                                                         CACHE/<key>.same   the key under which rows lie that another key asks for
+                                                                       begin-1, …     the same rows cut elsewhere
+                                                         CACHE/<key>.same   under which key rows lie that another key asks for, and which cut
+
+A stream that is not told the longest row cuts at that of its first block, and an ordinary run at that of all rows. Both cuts are kept,
+since neither run knows the other's before all is read; ids and texts lie there once, but for the rows that are cut.
 
 Nothing in it is trusted: every file is told whole by its length and checksum, and what is not is made anew. An entry is
 renamed into place, so that it is whole or absent. Rows stand by the number of their file, not by its name: a run that goes on
@@ -21,7 +25,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +35,8 @@ from filelock import FileLock, Timeout
 
 from weitiao import trie
 from weitiao.data import rows as reading
-from weitiao.data.dataset import Dataset, load, refuse_outside
-from weitiao.data.gathered import Skipped
+from weitiao.data.dataset import Dataset, load, refuse_if_too_many, refuse_outside
+from weitiao.data.gathered import LONG, Skipped
 from weitiao.data.labels import Labels
 from weitiao.data.rows.row import place_of, where_of
 from weitiao.data.stored import COLUMNS, StoredRows
@@ -73,12 +77,16 @@ class Cache:
             return made(survey)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._alone(asked.key):
-                data, noted = self._find(asked.key, asked.names, survey is not None) or self._make(asked, survey, made)
+            find = partial(self._find, asked.key, asked.names, survey is not None)
+            if not (found := find()):  # a stream may have the lock for as long as its training takes, and what is here be found meanwhile
+                with self._alone(asked.key):
+                    found = find() or self._make(asked, survey, made)
         except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
             self._cannot_keep(error)
             return made(survey)
+        data, noted = found
         refuse_outside(data.rows, vocabulary)
+        refuse_if_too_many(data.skipped, data.read, settings)  # a run that cut them elsewhere refused other rows
         if survey is not None:
             survey.merge(noted)
         return data
@@ -106,11 +114,11 @@ class Cache:
 
     @contextlib.contextmanager
     def beside(self, asked: Asked) -> Iterator[Path | None]:
-        """A folder to gather these rows in, for `keep`; None where they are kept already, or encoded by another process, or not to be kept."""
+        """A folder to gather these rows in, for `keep`; None where another process encodes them, or they are not to be kept."""
         with contextlib.ExitStack() as stack:
             staging = None
             try:
-                if self._can_keep(asked) and not (self.folder / asked.key).is_dir():
+                if self._can_keep(asked):
                     stack.enter_context(FileLock(self._lock(asked.key), timeout=0))
                     staging = stack.enter_context(self._staging(asked))
             except Timeout:  # another process is at them
@@ -120,27 +128,27 @@ class Cache:
                 staging = None
             yield staging
 
-    def keep(self, asked: Asked, data: Dataset, noted: Survey | None, staging: Path) -> None:
-        """What was gathered there becomes an entry, as if `load` had made it."""
+    def keep(self, asked: Asked, cuts: Sequence[Dataset], noted: Survey | None, staging: Path) -> None:
+        """What was gathered there becomes an entry, as if `load` had made it. cuts: the rows asked for; then the same, cut elsewhere."""
         if not asked.is_unchanged():
             return
         try:
-            self._keep(asked, data, noted, staging)
+            self._keep(asked, cuts, noted, staging)
         except OSError as error:
             self._cannot_keep(error)
 
     # ---------------------------------------------------------------------------------------------- finding
 
     def _find(self, key: str, names: Sequence[str], surveyed: bool) -> tuple[Dataset, Survey | None] | None:
-        entry = self.folder / key
+        entry, cut = self.folder / key, 0
         try:
             if not entry.is_dir():
-                entry = self.folder / (self.folder / f"{key}.same").read_text("ascii")
+                same, number = (self.folder / f"{key}.same").read_text("ascii").split()
+                entry, cut = self.folder / same, int(number)
             facts = _read_facts(entry / "facts")
             if surveyed and not facts["survey"]:
                 return None
-            arrays = {name: _whole(entry / name, **told) for name, told in facts["arrays"].items()}
-            found = _from_facts(facts, arrays, names)
+            found = _from_facts(facts, cut, surveyed, names, lambda name: _whole(entry / name, **facts["arrays"][name]))
             os.utime(entry / "facts")
             return found
         except (OSError, ValueError, KeyError, TypeError, IndexError):
@@ -152,7 +160,7 @@ class Cache:
         with self._staging(asked) as staging:
             noted = None if survey is None else Survey(survey.facts)
             data = made(noted, staging)
-            self.keep(asked, data, noted, staging)
+            self.keep(asked, [data], noted, staging)
             return data, noted
 
     @contextlib.contextmanager
@@ -166,8 +174,8 @@ class Cache:
         finally:
             shutil.rmtree(staging, ignore_errors=True)  # what is mapped from it stays
 
-    def _keep(self, asked: Asked, data: Dataset, noted: Survey | None, staging: Path) -> None:
-        facts, arrays = _to_facts(data, noted, asked.names)
+    def _keep(self, asked: Asked, cuts: Sequence[Dataset], noted: Survey | None, staging: Path) -> None:
+        facts, arrays = _to_facts(cuts, noted, asked.names)
         _write(facts, arrays, staging)
         size = _size(staging)
         if size > self.most:
@@ -176,11 +184,12 @@ class Cache:
         target = self.folder / asked.key
         shutil.rmtree(target, ignore_errors=True)
         os.rename(staging, target)
-        same = asked.key_with(data.max_tokens, "classify" if data.labels else "answer")  # as a run that goes on asks
-        if same != asked.key:
-            part = self.folder / f"{same}.partial-{os.getpid()}"
-            part.write_text(asked.key, "ascii")
-            os.replace(part, self.folder / f"{same}.same")
+        for number, data in enumerate(cuts):
+            for task in {asked.task, "classify" if data.labels else "answer"}:  # as a run that goes on asks
+                if (same := asked.key_with(data.max_tokens, task)) != asked.key:
+                    part = self.folder / f"{same}.partial-{os.getpid()}"
+                    part.write_text(f"{asked.key} {number}", "ascii")
+                    os.replace(part, self.folder / f"{same}.same")
         with contextlib.suppress(OSError):  # another process makes room too
             self._make_room(target)
 
@@ -196,7 +205,7 @@ class Cache:
             os.rename(entry, going)
             shutil.rmtree(going, ignore_errors=True)
         for same in self.folder.glob("*.same"):
-            if not (self.folder / same.read_text("ascii")).is_dir():
+            if not (self.folder / same.read_text("ascii").split()[0]).is_dir():
                 same.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -327,28 +336,38 @@ def _of_saved(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 # ------------------------------------------------------------------------------------------------ an entry's files
 
 
-def _to_facts(data: Dataset, noted: Survey | None, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    numbers = {name: i for i, name in reversed(list(enumerate(names)))}
+def _to_facts(cuts: Sequence[Dataset], noted: Survey | None, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    numbers, data = {name: i for i, name in reversed(list(enumerate(names)))}, cuts[0]
     facts = {
-        "files": [numbers[name] for name in data.rows.files], "max_tokens": data.max_tokens, "cut": data.cut, "read": data.read,
-        "labels": data.labels.as_dict() if data.labels else None,
-        "skipped": [[*place_of(one.where, numbers), one.reason] for one in data.skipped], "survey": None,
+        "files": [numbers[name] for name in data.rows.files], "read": data.read, "labels": data.labels.as_dict() if data.labels else None,
+        "cuts": [{"max_tokens": one.max_tokens, "cut": one.cut,
+                  "skipped": [[*place_of(row.where, numbers), row.reason] for row in one.skipped]} for one in cuts],
+        "survey": None,
     }
-    arrays = dict(data.rows.columns)
+    arrays = {_column(name, cut): column for cut, one in enumerate(cuts) for name, column in one.rows.columns.items()}
     if noted is not None:
         facts["survey"], columns = noted.as_facts(numbers)
         arrays |= {f"survey-{name}": column for name, column in columns.items()}
     return facts, arrays
 
 
-def _from_facts(facts: dict[str, Any], arrays: dict[str, np.ndarray], names: Sequence[str]) -> tuple[Dataset, Survey | None]:
-    rows = StoredRows.all({name: arrays[name] for name in COLUMNS}, [names[i] for i in facts["files"]])
-    skipped = [Skipped(where_of(names[file], line), reason) for file, line, reason in facts["skipped"]]
+def _from_facts(
+    facts: dict[str, Any], cut: int, surveyed: bool, names: Sequence[str], array: Callable[[str], np.ndarray],
+) -> tuple[Dataset, Survey | None]:
+    """array: a file's, by its name."""
+    told = facts["cuts"][cut]
+    rows = StoredRows.all({name: array(_column(name, cut)) for name in COLUMNS}, [names[i] for i in facts["files"]])
+    skipped = [Skipped(where_of(names[file], line), reason) for file, line, reason in told["skipped"]]
     noted = None
-    if facts["survey"]:
-        columns = {name.removeprefix("survey-"): array for name, array in arrays.items() if name.startswith("survey-")}
+    if surveyed:
+        columns = {name.removeprefix("survey-"): array(name) for name in facts["arrays"] if name.startswith("survey-")}
         noted = Survey.from_facts(facts["survey"], columns, names)
-    return Dataset(rows, skipped, facts["max_tokens"], facts["cut"], Labels.from_dict(facts["labels"]), facts["read"]), noted
+    return Dataset(rows, skipped, told["max_tokens"], told["cut"], Labels.from_dict(facts["labels"]), facts["read"]), noted
+
+
+def _column(name: str, cut: int) -> str:
+    """The file of a column."""
+    return f"{name}-{cut}" if cut and name not in LONG else name
 
 
 def _write(facts: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path) -> None:

@@ -22,7 +22,7 @@ from weitiao.data import rows as reading
 from weitiao.data.conversation import Conversation
 from weitiao.data.encoded import CHUNK, answer_of, read_row
 from weitiao.data.formats import detect
-from weitiao.data.gathered import Encoder, Gathered, Part, Skipped, fit, longest_turns
+from weitiao.data.gathered import Encoder, Fitted, Gathered, Part, Skipped, fit, longest_turns
 from weitiao.data.labels import Labels, encode_labels, words_of
 from weitiao.data.rows.mix import mix
 from weitiao.data.rows.row import Reading, Row
@@ -142,13 +142,22 @@ class Encoding:
         Raises:
             RowError: an id is outside the embedding.
         """
+        (found,) = self.datasets(read, max_tokens)
+        return found
+
+    def datasets(self, read: Gathered, *limits: int | None) -> list[Dataset]:
+        """The same cut to several lengths; those that come to the same are one. What is long lies there once for all."""
         longest = longest_turns(read, self.labels)
-        limit = min(max_tokens or self.settings.max_tokens or usual_length(longest, self.labels is not None), self.model_limit)
-        fitted = fit(read, longest, limit, self.labels, self.template, self.settings.cut)
-        found = StoredRows.all(fitted.columns | read.long_columns(), list(read.files))
-        refuse_outside(found, self.vocabulary)
+        usual = self.settings.max_tokens or usual_length(longest, self.labels is not None)
+        each = dict.fromkeys(min(limit or usual, self.model_limit) for limit in limits)
+        fitted = {limit: fit(read, longest, limit, self.labels, self.template, self.settings.cut) for limit in each}
+        long = read.long_columns()
+        return [self._dataset(read, StoredRows.all(one.columns | long, list(read.files)), one, limit) for limit, one in fitted.items()]
+
+    def _dataset(self, read: Gathered, rows: StoredRows, fitted: Fitted, limit: int) -> Dataset:
+        refuse_outside(rows, self.vocabulary)
         skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
-        return Dataset(found, skipped, limit, fitted.cut, self.labels, read.rows)
+        return Dataset(rows, skipped, limit, fitted.cut, self.labels, read.rows)
 
     def refuse_idle(self, data: Dataset) -> None:
         """

@@ -173,6 +173,7 @@ class Streamed:
         if known:
             rest = known.rows.of(slice(self.starts[-1], None))
             self.skipped, self.read = known.skipped, known.read
+            self._refuse_if_too_many()
             self._publish(lambda: rest, len(rest))
             self.whole = True
         return known is not None
@@ -191,7 +192,7 @@ class Streamed:
                 self._publish(spill.put(data.rows), len(data))
             self.whole = not self.stopped
             if self.whole and all_of_it:
-                self.cache.keep(self.asked, self.encoding.dataset(all_of_it), self.noted, staging)
+                self.cache.keep(self.asked, self.encoding.datasets(all_of_it, self.asked.max_tokens, self.max_tokens), self.noted, staging)
 
     def _refuse_if_too_many(self) -> None:
         try:
