@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -69,6 +70,7 @@ def _up_to_an_error(chunks: Iterator[Any], errors: list[WeitiaoError]) -> Iterat
 
 def _begin(work: Callable[..., Any], beside: bool) -> None:
     global _work_of_all
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     if beside:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(os, "nice"):
@@ -77,6 +79,15 @@ def _begin(work: Callable[..., Any], beside: bool) -> None:
     gc.freeze()  # nor does each go through, and so copy, what they share of the memory
     gc.set_threshold(100_000)  # a chunk's objects are many and no rings
     _work_of_all = work
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and a pool's processes wait for chunks from each other's end of the pipe for ever.
+
+    Its end is that of a pipe that it alone writes into. Forked processes hold those of the ones before them: the last ends first.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(*chunk: Any) -> Any:

@@ -1,0 +1,42 @@
+"""Processes that encode rows end with the one that reads them, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+READER = """
+import os, sys, time
+from weitiao.data.workers import in_order
+
+def work(number):
+    os.write(1, b"here\\n")
+    time.sleep(600 * (number == 1))
+
+def chunks():
+    yield (0,)
+    yield (1,)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    list(in_order(chunks(), work, 3, sys.argv[1] == "beside"))
+"""
+
+
+@pytest.mark.parametrize("how", ["alone", "beside"])
+def test_they_end_at_work_or_idle_when_their_parent_is_killed(tmp_path, how):
+    script = tmp_path / "reader.py"
+    script.write_text(READER, "utf-8")
+    parent = subprocess.Popen([sys.executable, script, how], stdout=subprocess.PIPE, start_new_session=True)
+    assert all(parent.stdout.readline() for _ in range(2))  # one is at work, one has been, one has yet to be
+    parent.kill()
+    try:
+        rest, _ = parent.communicate(timeout=60)  # at the end of the pipe nobody is left who could write into it
+    except subprocess.TimeoutExpired:
+        os.killpg(parent.pid, signal.SIGKILL)
+        raise
+    assert not rest
