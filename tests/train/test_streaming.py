@@ -76,15 +76,18 @@ def test_the_speed_of_the_encoder_decides_nothing(begin, monkeypatch):
     assert outcome(begin("slow", "data.cache_gb=0")) == outcome(quick)
 
 
-def test_what_it_encoded_is_an_ordinary_runs(begin, monkeypatch):
+@pytest.mark.parametrize("longest", [[], ["data.max_tokens=40"]])
+def test_what_it_encoded_is_an_ordinary_runs_and_a_second_ones(begin, monkeypatch, longest):
     write([*ROWS, {"prompt": "1", "completion": ""}])
-    first = begin("first", "data.max_tokens=40", "data.bad_share=0.5")
+    first = begin("first", "data.bad_share=0.5", *longest)
     told = json.loads((first.path / "data.json").read_text())
     assert told["streamed"] == {"read": 61, "whole": True} and [one["where"] for one in told["skipped"]] == ["rows.jsonl:61"]
     monkeypatch.setattr(cache, "load", lambda *args, **more: pytest.fail("encoded again"))
     monkeypatch.setattr(streamed.Streamed, "_take_rest", lambda self: pytest.fail("encoded again"))
-    assert outcome(begin("second", "data.max_tokens=40", "data.bad_share=0.5")) == outcome(first)
-    ordinary = begin("ordinary", "data.max_tokens=40", "data.bad_share=0.5", "data.streaming=false")
+    second = begin("second", "data.bad_share=0.5", *longest)
+    assert outcome(second) == outcome(first)
+    assert json.loads((second.path / "data.json").read_text()) == told
+    ordinary = begin("ordinary", "data.bad_share=0.5", "data.streaming=false", *longest)
     assert json.loads((ordinary.path / "data.json").read_text())["rows"] == 60
 
 

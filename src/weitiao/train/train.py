@@ -615,7 +615,7 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
 
 def restore(training: Training, checkpoint: Checkpoint, run: RunFolder, screen: Screen) -> None:
     """As it was there; rows of a stream are waited for."""
-    if isinstance(training.rows, Streamed):
+    if isinstance(training.rows, Streamed) and not training.rows.whole:
         screen.tell("Encoding the rows that were learned from so far …")
     try:
         training.restore(checkpoint)
