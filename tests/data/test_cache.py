@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from weitiao.data import cache as caching
 from weitiao.data import dataset
@@ -200,6 +201,18 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(template, monkeypatch)
     monkeypatch.setattr(caching, "load", load)
     read(Cache(Path("kept"), 10**9), template)
     assert not list(Path("kept").glob("*/facts")) and not list(Path("kept").glob("*.partial-*"))
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_another_is_writing_stays(template):
+    write(ROWS)
+    left, being_written = (Path("kept", f"{key}.partial-1") for key in ("left", "written"))
+    for folder in (left, being_written):
+        folder.mkdir(parents=True)
+        (folder / "ids").write_bytes(b"1")
+    cache = Cache(Path("kept"), 10**9)
+    with FileLock(cache._lock(being_written.name)):
+        read(cache, template)
+    assert not left.exists() and (being_written / "ids").exists() and entry()
 
 
 def test_those_not_used_for_longest_go_first(made, template):

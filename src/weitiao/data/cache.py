@@ -165,14 +165,21 @@ class Cache:
 
     @contextlib.contextmanager
     def _staging(self, asked: Asked) -> Iterator[Path]:
-        for leftover in self.folder.glob(f"{asked.key}.partial-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Whoever asks holds the key's lock."""
+        self._clear_leftovers(asked.key)
         staging = self.folder / f"{asked.key}.partial-{os.getpid()}"
         staging.mkdir()
         try:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)  # what is mapped from it stays
+
+    def _clear_leftovers(self, key: str) -> None:
+        """Folders of processes that were killed: those still at work hold the locks of theirs."""
+        for leftover in self.folder.glob("*.partial-*/"):
+            mine = self._lock(leftover.name) == self._lock(key)
+            with contextlib.suppress(Timeout), contextlib.nullcontext() if mine else FileLock(self._lock(leftover.name), timeout=0):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _keep(self, asked: Asked, cuts: Sequence[Dataset], noted: Survey | None, staging: Path) -> None:
         facts, arrays = _to_facts(cuts, noted, asked.names)
