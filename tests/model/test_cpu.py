@@ -75,6 +75,16 @@ def test_the_same_threads_give_the_same_bits(plan, kind):
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_what_an_earlier_call_left_in_memory_does_no_harm(plan, kind):
+    """Blocks are kept from call to call, and of one that is seen in part not all is written."""
+    *inputs, cotangent = drawn(plan, kind)
+    worse = [torch.full_like(x, float("nan")) for x in inputs]
+    before = results(lambda q, k, v: cpu.attend(q, k, v, plan, 0.2, None, 0.0), inputs, cotangent)
+    assert results(lambda q, k, v: cpu.attend(q, k, v, plan, 0.2, None, 0.0), worse, cotangent)[0].isnan().all()
+    after = results(lambda q, k, v: cpu.attend(q, k, v, plan, 0.2, None, 0.0), inputs, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_scores_far_apart_leave_no_number_behind_that_is_none(plan):
     if reason := cpu.trouble(torch.float32):
         pytest.skip(reason)

@@ -56,7 +56,25 @@ static Seen *seen_by(const Job *job) {
     return seen;
 }
 
+static inline long least(long a, long b) { return a < b ? a : b; }
 static inline int sees(Seen s, long q0, long q1) { return s.from < q1 && q0 < s.to; }
+
+/* Of a block of queries, whole units of those that see some of these keys: [from, to), empty if none does. Products of a block that is not
+ * seen whole leave out the rest, by so many keys at a time as there are queries in a unit. */
+typedef struct {
+    int from, to;
+} Part;
+
+static Part part_of(const Job *job, long key, long q0, int unit) {
+    long end = key + unit < job->keys ? key + unit : job->keys, from = q0 + B, to = q0;
+    for (long k = key; k < end; k++) {
+        if (job->first[k] < from) from = job->first[k];
+        if (job->last[k] > to) to = job->last[k];
+    }
+    from = from > q0 ? (from - q0) / unit * unit : 0;
+    to = to < q0 + B ? (to - q0 + unit - 1) / unit * unit : B;
+    return (Part){from, from < to ? to : from};
+}
 
 /* Items (head, block of queries), head by head, in as many runs of like work as there are threads: starts [threads + 1]. 1: no memory. */
 static int share_out(const Job *job, const Seen *seen, long *starts) {
@@ -140,9 +158,14 @@ static void weights_block(const Job *job, float *scores, float *d_weights, int r
         for (int v = 0; v < VECTORS; v++) {
             vec *s = (vec *)(scores + k * B + v * LANES), *d = (vec *)(d_weights + k * B + v * LANES);
             vec p = exp2_of(*s * factor - *(vec *)(lse + v * LANES));
-            if (!whole) p = only(mask_of(job, k0 + k, q0 + v * LANES), p);
+            vec d_score = p * (*d - *(vec *)(delta + v * LANES));
+            if (!whole) {
+                ints mask = mask_of(job, k0 + k, q0 + v * LANES); /* where nothing was computed, anything may stand */
+                p = only(mask, p);
+                d_score = only(mask, d_score);
+            }
             *s = p;
-            *d = p * (*d - *(vec *)(delta + v * LANES));
+            *d = d_score;
         }
 }
 
@@ -161,33 +184,27 @@ static void end_rows(const Job *job, long head, long q0, int rows, float *sums, 
 
 /* ------------------------------------------------------------------------------------------------------------------ float32 */
 
+/* c [4][so many vectors] (+)= a [4][k] b [k][..] */
+static inline __attribute__((always_inline)) void four_rows(
+    float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int vectors, int k, int add) {
+    vec sum[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = add ? *(vec *)(c + r * ldc + v * LANES) : (vec){};
+    for (int l = 0; l < k; l++, a += a_column, b += ldb)
+        for (int r = 0; r < 4; r++)
+            for (int v = 0; v < vectors; v++) sum[r][v] += all(a[r * a_row]) * *(vec *)(b + v * LANES);
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) *(vec *)(c + r * ldc + v * LANES) = sum[r][v];
+}
+
 /* c [m][n] (+)= a [m][k] b [k][n]; a's strides are free, c's and b's rows dense. n: a multiple of 16. */
 static void product(float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int m, int n, int k, int add) {
     int i = 0;
     for (; i + 4 <= m; i += 4) {
         int j = 0;
-        for (; j + 4 * LANES <= n; j += 4 * LANES) {
-            vec sum[4][4];
-            for (int r = 0; r < 4; r++)
-                for (int v = 0; v < 4; v++) sum[r][v] = add ? *(vec *)(c + (i + r) * ldc + j + v * LANES) : (vec){};
-            const float *left = a + i * a_row, *right = b + j;
-            for (int l = 0; l < k; l++, left += a_column, right += ldb) {
-                vec b0 = *(vec *)right, b1 = *(vec *)(right + LANES), b2 = *(vec *)(right + 2 * LANES), b3 = *(vec *)(right + 3 * LANES);
-                for (int r = 0; r < 4; r++) {
-                    vec x = all(left[r * a_row]);
-                    sum[r][0] += x * b0, sum[r][1] += x * b1, sum[r][2] += x * b2, sum[r][3] += x * b3;
-                }
-            }
-            for (int r = 0; r < 4; r++)
-                for (int v = 0; v < 4; v++) *(vec *)(c + (i + r) * ldc + j + v * LANES) = sum[r][v];
-        }
-        for (; j < n; j += LANES) {
-            vec sum[4];
-            for (int r = 0; r < 4; r++) sum[r] = add ? *(vec *)(c + (i + r) * ldc + j) : (vec){};
-            for (int l = 0; l < k; l++)
-                for (int r = 0; r < 4; r++) sum[r] += all(a[(i + r) * a_row + l * a_column]) * *(vec *)(b + l * ldb + j);
-            for (int r = 0; r < 4; r++) *(vec *)(c + (i + r) * ldc + j) = sum[r];
-        }
+        for (; j + 4 * LANES <= n; j += 4 * LANES) four_rows(c + i * ldc + j, ldc, a + i * a_row, a_row, a_column, b + j, ldb, 4, k, add);
+        for (; j + 2 * LANES <= n; j += 2 * LANES) four_rows(c + i * ldc + j, ldc, a + i * a_row, a_row, a_column, b + j, ldb, 2, k, add);
+        for (; j < n; j += LANES) four_rows(c + i * ldc + j, ldc, a + i * a_row, a_row, a_column, b + j, ldb, 1, k, add);
     }
     for (; i < m; i++)
         for (int j = 0; j < n; j += LANES) {
@@ -216,11 +233,20 @@ static void forward_block(const Job *job, const Seen *seen, long head, long q0, 
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
         int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
-        product(scores, B, of(&job->key, group, k0), job->key.row, 1, query, B, keys, B, width, 0);
+        int unit = whole ? B : LANES;
+        for (int k = 0; k < keys; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            product(scores + k * B + p.from, B, of(&job->key, group, k0 + k), job->key.row, 1, query + p.from, B,
+                    least(unit, keys - k), p.to - p.from, width, 0);
+        }
         softmax_block(job, scores, keys, k0, q0, whole, top, total, shrink);
         for (int d = 0; d < width; d++)
             for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
-        product(sums, B, of(&job->value, group, k0), 1, job->value.row, scores, B, width, B, keys, 1);
+        for (int k = 0; k < keys; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            product(sums + p.from, B, of(&job->value, group, k0 + k), 1, job->value.row, scores + k * B + p.from, B,
+                    width, p.to - p.from, least(unit, keys - k), 1);
+        }
     }
     end_rows(job, head, q0, rows, sums, top, total);
     for (int q = 0; q < rows; q++)
@@ -246,14 +272,25 @@ static void backward_block(const Job *job, const Seen *seen, long head, long q0,
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
         int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
-        float *key = of(&job->key, group, k0), *value = of(&job->value, group, k0);
-        long at = k0 * width;
-        product(scores, B, key, job->key.row, 1, query, B, keys, B, width, 0);
-        product(d_weights, B, value, job->value.row, 1, grad, B, keys, B, width, 0);
+        int unit = whole ? B : LANES;
+        for (int k = 0; k < keys; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            int count = least(unit, keys - k), seeing = p.to - p.from;
+            product(scores + k * B + p.from, B, of(&job->key, group, k0 + k), job->key.row, 1, query + p.from, B, count, seeing, width, 0);
+            product(d_weights + k * B + p.from, B, of(&job->value, group, k0 + k), job->value.row, 1, grad + p.from, B, count, seeing, width, 0);
+        }
         weights_block(job, scores, d_weights, keys, k0, q0, whole, lse, delta);
-        product(d_value + at, width, scores, B, 1, of(&job->grad, head, q0), job->grad.row, keys, width, rows, 1);
-        product(d_key + at, width, d_weights, B, 1, of(&job->query, head, q0), job->query.row, keys, width, rows, 1);
-        product(d_query, width, d_weights, 1, B, key, job->key.row, rows, width, keys, 1);
+        for (int k = 0; k < keys; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            int count = least(unit, keys - k), seeing = least(p.to, rows) - p.from;
+            float *p_grad = of(&job->grad, head, q0 + p.from), *p_query = of(&job->query, head, q0 + p.from);
+            const float *weights = scores + k * B + p.from, *d_scores = d_weights + k * B + p.from;
+            long at = (k0 + k) * width;
+            if (seeing <= 0) continue;
+            product(d_value + at, width, weights, B, 1, p_grad, job->grad.row, count, width, seeing, 1);
+            product(d_key + at, width, d_scores, B, 1, p_query, job->query.row, count, width, seeing, 1);
+            product(d_query + p.from * width, width, d_scores, 1, B, of(&job->key, group, k0 + k), job->key.row, seeing, width, count, 1);
+        }
     }
     for (int q = 0; q < rows; q++)
         for (int d = 0; d < width; d++) of(&job->d_query, head, q0 + q)[d] = d_query[q * width + d] * job->scale;
@@ -400,12 +437,19 @@ static void forward_block_tiles(const Job *job, const Seen *seen, long head, lon
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        tile_product(scores, B, key + k0 * width, width, query, 2 * B, B, B, width, 0);
-        softmax_block(job, scores, B, k0, q0, s.whole_from <= q0 && q0 + rows <= s.whole_to, top, total, shrink);
+        int whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : B / 2;
+        for (int k = 0; k < B; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+        }
+        softmax_block(job, scores, B, k0, q0, whole, top, total, shrink);
         for (int d = 0; d < width; d++)
             for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
         narrowed_pairs(weights, scores);
-        tile_product(sums, B, value_across + k0 * width, B, weights, 2 * B, width, B, B, 1);
+        for (int k = 0; k < B; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            tile_product(sums + p.from, B, value_across + k0 * width + k, B, weights + k * B + 2 * p.from, 2 * B, width, p.to - p.from, unit, 1);
+        }
     }
     end_rows(job, head, q0, rows, sums, top, total);
     for (int q = 0; q < rows; q++) put_column(half_of(&job->out, head, q0 + q), sums + q, width);
@@ -416,7 +460,7 @@ static void backward_block_tiles(const Job *job, const Seen *seen, long head, lo
     int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
     float *d_query = own, *scores = d_query + B * width, *d_weights = scores + B * B, *lse = d_weights + B * B, *delta = lse + B;
     half *query = (half *)(delta + B), *query_down = query + B * width, *grad = query_down + B * width, *grad_down = grad + B * width;
-    half *weights = grad_down + B * width, *pairs = weights + B * B;
+    half *weights = grad_down + B * width, *d_scores = weights + B * B, *pairs = d_scores + B * B;
     const half *q_rows = half_of(&job->query, head, q0), *g_rows = half_of(&job->grad, head, q0);
     pairs_across(query, q_rows, job->query.row, rows, width);
     pairs_down(query_down, q_rows, job->query.row, rows, width);
@@ -433,16 +477,23 @@ static void backward_block_tiles(const Job *job, const Seen *seen, long head, lo
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        long at = k0 * width;
-        tile_product(scores, B, key + k0 * width, width, query, 2 * B, B, B, width, 0);
-        tile_product(d_weights, B, value + k0 * width, width, grad, 2 * B, B, B, width, 0);
-        weights_block(job, scores, d_weights, B, k0, q0, s.whole_from <= q0 && q0 + rows <= s.whole_to, lse, delta);
+        int whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : B / 2;
+        for (int k = 0; k < B; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+            tile_product(d_weights + k * B + p.from, B, value + (k0 + k) * width, width, grad + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+        }
+        weights_block(job, scores, d_weights, B, k0, q0, whole, lse, delta);
         narrowed(weights, scores);
-        tile_product(d_value + at, width, weights, B, grad_down, 2 * width, B, width, B, 1);
-        narrowed(weights, d_weights);
+        narrowed(d_scores, d_weights);
         narrowed_pairs(pairs, d_weights);
-        tile_product(d_key + at, width, weights, B, query_down, 2 * width, B, width, B, 1);
-        tile_product(d_query, B, key_across + k0 * width, B, pairs, 2 * B, width, B, B, 1);
+        for (int k = 0; k < B; k += unit) {
+            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+            long at = (k0 + k) * width, place = k * B + p.from, seeing = p.to - p.from;
+            tile_product(d_value + at, width, weights + place, B, grad_down + p.from * width, 2 * width, unit, width, seeing, 1);
+            tile_product(d_key + at, width, d_scores + place, B, query_down + p.from * width, 2 * width, unit, width, seeing, 1);
+            tile_product(d_query + p.from, B, key_across + k0 * width + k, B, pairs + k * B + 2 * p.from, 2 * B, width, seeing, unit, 1);
+        }
     }
     for (long i = 0; i < B * width; i += LANES) *(vec *)(d_query + i) *= job->scale;
     for (int q = 0; q < rows; q++) put_column(half_of(&job->d_query, head, q0 + q), d_query + q, width);
@@ -515,7 +566,7 @@ int backward(const Job *job, int tiles, float *sums, long groups) {
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? (padded * job->width * 3 + 1) / 2 : 0;
-        float *own = scratch(laid_out + 4 * B * job->width + 3 * B * B + 4 * B), *d_key = sums + thread * 2 * each, *d_value = d_key + each;
+        float *own = scratch(laid_out + 4 * B * job->width + 4 * B * B + 4 * B), *d_key = sums + thread * 2 * each, *d_value = d_key + each;
         if (!own) {
             failed = 1;
             continue;

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #ifndef __AVX512F__
-#error Neither processor nor compiler may lack AVX-512: on narrower vectors PyTorch's kernels are several times as quick.
+#error Neither processor nor compiler may lack AVX-512: on narrower vectors the kernels of PyTorch are several times as quick.
 #endif
 #include <immintrin.h>
 
