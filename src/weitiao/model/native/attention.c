@@ -76,7 +76,22 @@ static Part part_of(const Job *job, long key, long q0, int unit) {
     return (Part){from, from < to ? to : from};
 }
 
-/* Items (head, block of queries), head by head, in as many runs of like work as there are threads: starts [threads + 1]. 1: no memory. */
+/* Heads that read the same keys and values, and are computed together: what is read of those, and what is added up for their gradients,
+ * is fetched once for all of them. A team's own blocks still lie in a core's cache. */
+#define TOGETHER 4
+typedef struct {
+    long group, first, count;
+} Team;
+
+static inline long teams_of(const Job *job) { return job->key_heads * ((job->heads / job->key_heads + TOGETHER - 1) / TOGETHER); }
+
+static Team team_of(const Job *job, long team) {
+    long heads = job->heads / job->key_heads, teams = teams_of(job) / job->key_heads, each = (heads + teams - 1) / teams;
+    long first = team % teams * each;
+    return (Team){team / teams, team / teams * heads + first, least(each, heads - first)};
+}
+
+/* Items (team, block of queries), team by team, in as many runs of like work as there are threads: starts [threads + 1]. 1: no memory. */
 static int share_out(const Job *job, const Seen *seen, long *starts) {
     long blocks = (job->queries + B - 1) / B, key_blocks = (job->keys + B - 1) / B, total = 0, done = 0, thread = 1;
     long *work = malloc(blocks * sizeof(long));
@@ -88,11 +103,11 @@ static int share_out(const Job *job, const Seen *seen, long *starts) {
     }
     total *= job->heads;
     starts[0] = 0;
-    for (long item = 0; item < job->heads * blocks; item++) {
+    for (long item = 0; item < teams_of(job) * blocks; item++) {
         while (thread < job->threads && done * job->threads >= total * thread) starts[thread++] = item;
-        done += work[item % blocks];
+        done += work[item % blocks] * team_of(job, item / blocks).count;
     }
-    while (thread <= job->threads) starts[thread++] = job->heads * blocks;
+    while (thread <= job->threads) starts[thread++] = teams_of(job) * blocks;
     free(work);
     return 0;
 }
@@ -214,86 +229,146 @@ static void product(float *c, long ldc, const float *a, long a_row, long a_colum
         }
 }
 
+/* 16 x 16 numbers change rows and columns. */
+static inline void turn(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
 /* to [width][B] = from [rows][width] transposed, 0 where rows end. */
 static void transposed(float *to, const float *from, long row, int rows, int width) {
-    for (int q = 0; q < B; q++)
-        for (int d = 0; d < width; d++) to[d * B + q] = q < rows ? from[q * row + d] : 0;
+    __m512i r[16];
+    for (int q = 0; q < B; q += LANES)
+        for (int d = 0; d < width; d += LANES) {
+            for (int i = 0; i < LANES; i++) r[i] = q + i < rows ? _mm512_loadu_si512(from + (q + i) * row + d) : _mm512_setzero_si512();
+            turn(r);
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (d + i) * B + q, r[i]);
+        }
+}
+
+/* to [rows][width] = from [width][B] transposed. */
+static void transposed_back(float *to, long row, const float *from, int rows, int width) {
+    __m512i r[16];
+    for (int q = 0; q < rows; q += LANES)
+        for (int d = 0; d < width; d += LANES) {
+            for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_si512(from + (d + i) * B + q);
+            turn(r);
+            for (int i = 0; i < LANES && q + i < rows; i++) _mm512_storeu_si512(to + (q + i) * row + d, r[i]);
+        }
 }
 
 static inline float *of(const Tensor *t, long head, long row) { return (float *)t->at + head * t->head + row * t->row; }
 
-static void forward_block(const Job *job, const Seen *seen, long head, long q0, float *own) {
-    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
-    long group = head / (job->heads / job->key_heads);
-    float *query = own, *sums = query + B * width, *scores = sums + B * width, *top = scores + B * B, *total = top + B, *shrink = total + B;
-    transposed(query, of(&job->query, head, q0), job->query.row, rows, width);
-    memset(sums, 0, B * width * sizeof(float));
-    begin_rows(top, total);
+static void forward_block(const Job *job, const Seen *seen, Team team, long q0, float *own) {
+    int width = job->width, rows = least(B, job->queries - q0);
+    long each = 2 * B * width + 3 * B; /* query, sums, top, total, shrink of a head */
+    float *scores = own + team.count * each;
+    for (long h = 0; h < team.count; h++) {
+        float *query = own + h * each, *sums = query + B * width, *top = sums + B * width;
+        transposed(query, of(&job->query, team.first + h, q0), job->query.row, rows, width);
+        memset(sums, 0, B * width * sizeof(float));
+        begin_rows(top, top + B);
+    }
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
-        int unit = whole ? B : LANES;
-        for (int k = 0; k < keys; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            product(scores + k * B + p.from, B, of(&job->key, group, k0 + k), job->key.row, 1, query + p.from, B,
-                    least(unit, keys - k), p.to - p.from, width, 0);
-        }
-        softmax_block(job, scores, keys, k0, q0, whole, top, total, shrink);
-        for (int d = 0; d < width; d++)
-            for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
-        for (int k = 0; k < keys; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            product(sums + p.from, B, of(&job->value, group, k0 + k), 1, job->value.row, scores + k * B + p.from, B,
-                    width, p.to - p.from, least(unit, keys - k), 1);
+        int keys = least(B, job->keys - k0), whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : LANES;
+        for (long h = 0; h < team.count; h++) {
+            float *query = own + h * each, *sums = query + B * width, *top = sums + B * width, *shrink = top + 2 * B;
+            for (int k = 0; k < keys; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                product(scores + k * B + p.from, B, of(&job->key, team.group, k0 + k), job->key.row, 1, query + p.from, B,
+                        least(unit, keys - k), p.to - p.from, width, 0);
+            }
+            softmax_block(job, scores, keys, k0, q0, whole, top, top + B, shrink);
+            for (int d = 0; d < width; d++)
+                for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
+            for (int k = 0; k < keys; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                product(sums + p.from, B, of(&job->value, team.group, k0 + k), 1, job->value.row, scores + k * B + p.from, B,
+                        width, p.to - p.from, least(unit, keys - k), 1);
+            }
         }
     }
-    end_rows(job, head, q0, rows, sums, top, total);
-    for (int q = 0; q < rows; q++)
-        for (int d = 0; d < width; d++) of(&job->out, head, q0 + q)[d] = sums[d * B + q];
+    for (long h = 0; h < team.count; h++) {
+        float *sums = own + h * each + B * width, *top = sums + B * width;
+        end_rows(job, team.first + h, q0, rows, sums, top, top + B);
+        transposed_back(of(&job->out, team.first + h, q0), job->out.row, sums, rows, width);
+    }
 }
 
-/* d_key and d_value [keys][width], of the head's group, are this thread's own, without the scale in d_key. */
-static void backward_block(const Job *job, const Seen *seen, long head, long q0, float *own, float *d_key, float *d_value) {
-    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
-    long group = head / (job->heads / job->key_heads);
-    float *query = own, *grad = query + B * width, *d_query = grad + B * width;
-    float *scores = d_query + B * width, *d_weights = scores + B * B, *lse = d_weights + B * B, *delta = lse + B;
-    transposed(query, of(&job->query, head, q0), job->query.row, rows, width);
-    transposed(grad, of(&job->grad, head, q0), job->grad.row, rows, width);
-    for (int q = 0; q < B; q++) {
-        lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
-        vec sum = {};
-        for (int d = 0; q < rows && d < width; d += LANES) sum += *(vec *)(of(&job->grad, head, q0 + q) + d) * *(vec *)(of(&job->out, head, q0 + q) + d);
-        delta[q] = sum_of(sum);
+/* d_key and d_value [keys][width], of the team's group, are this thread's own, without the scale in d_key. */
+static void backward_block(const Job *job, const Seen *seen, Team team, long q0, float *own, float *d_key, float *d_value) {
+    int width = job->width, rows = least(B, job->queries - q0);
+    long each = 3 * B * width + 2 * B; /* query, grad, d_query, lse, delta of a head */
+    float *scores = own + team.count * each, *d_weights = scores + B * B;
+    for (long h = 0; h < team.count; h++) {
+        long head = team.first + h;
+        float *query = own + h * each, *grad = query + B * width, *d_query = grad + B * width, *lse = d_query + B * width, *delta = lse + B;
+        transposed(query, of(&job->query, head, q0), job->query.row, rows, width);
+        transposed(grad, of(&job->grad, head, q0), job->grad.row, rows, width);
+        memset(d_query, 0, B * width * sizeof(float));
+        for (int q = 0; q < B; q++) {
+            lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
+            vec sum = {};
+            for (int d = 0; q < rows && d < width; d += LANES)
+                sum += *(vec *)(of(&job->grad, head, q0 + q) + d) * *(vec *)(of(&job->out, head, q0 + q) + d);
+            delta[q] = sum_of(sum);
+        }
     }
-    memset(d_query, 0, B * width * sizeof(float));
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        int keys = job->keys - k0 < B ? job->keys - k0 : B, whole = s.whole_from <= q0 && q0 + rows <= s.whole_to;
-        int unit = whole ? B : LANES;
-        for (int k = 0; k < keys; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            int count = least(unit, keys - k), seeing = p.to - p.from;
-            product(scores + k * B + p.from, B, of(&job->key, group, k0 + k), job->key.row, 1, query + p.from, B, count, seeing, width, 0);
-            product(d_weights + k * B + p.from, B, of(&job->value, group, k0 + k), job->value.row, 1, grad + p.from, B, count, seeing, width, 0);
-        }
-        weights_block(job, scores, d_weights, keys, k0, q0, whole, lse, delta);
-        for (int k = 0; k < keys; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            int count = least(unit, keys - k), seeing = least(p.to, rows) - p.from;
-            float *p_grad = of(&job->grad, head, q0 + p.from), *p_query = of(&job->query, head, q0 + p.from);
-            const float *weights = scores + k * B + p.from, *d_scores = d_weights + k * B + p.from;
-            long at = (k0 + k) * width;
-            if (seeing <= 0) continue;
-            product(d_value + at, width, weights, B, 1, p_grad, job->grad.row, count, width, seeing, 1);
-            product(d_key + at, width, d_scores, B, 1, p_query, job->query.row, count, width, seeing, 1);
-            product(d_query + p.from * width, width, d_scores, 1, B, of(&job->key, group, k0 + k), job->key.row, seeing, width, count, 1);
+        int keys = least(B, job->keys - k0), whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : LANES;
+        for (long h = 0; h < team.count; h++) {
+            long head = team.first + h;
+            float *query = own + h * each, *grad = query + B * width, *d_query = grad + B * width, *lse = d_query + B * width, *delta = lse + B;
+            for (int k = 0; k < keys; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                int count = least(unit, keys - k), seeing = p.to - p.from;
+                product(scores + k * B + p.from, B, of(&job->key, team.group, k0 + k), job->key.row, 1, query + p.from, B, count, seeing, width, 0);
+                product(d_weights + k * B + p.from, B, of(&job->value, team.group, k0 + k), job->value.row, 1, grad + p.from, B, count, seeing, width, 0);
+            }
+            weights_block(job, scores, d_weights, keys, k0, q0, whole, lse, delta);
+            for (int k = 0; k < keys; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                int count = least(unit, keys - k), seeing = least(p.to, rows) - p.from;
+                float *p_grad = of(&job->grad, head, q0 + p.from), *p_query = of(&job->query, head, q0 + p.from);
+                const float *weights = scores + k * B + p.from, *d_scores = d_weights + k * B + p.from;
+                long at = (k0 + k) * width;
+                if (seeing <= 0) continue;
+                product(d_value + at, width, weights, B, 1, p_grad, job->grad.row, count, width, seeing, 1);
+                product(d_key + at, width, d_scores, B, 1, p_query, job->query.row, count, width, seeing, 1);
+                product(d_query + p.from * width, width, d_scores, 1, B, of(&job->key, team.group, k0 + k), job->key.row, seeing, width, count, 1);
+            }
         }
     }
-    for (int q = 0; q < rows; q++)
-        for (int d = 0; d < width; d++) of(&job->d_query, head, q0 + q)[d] = d_query[q * width + d] * job->scale;
+    for (long h = 0; h < team.count; h++) {
+        const float *d_query = own + h * each + 2 * B * width;
+        for (int q = 0; q < rows; q++)
+            for (int d = 0; d < width; d++) of(&job->d_query, team.first + h, q0 + q)[d] = d_query[q * width + d] * job->scale;
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------- bfloat16 by matrix tiles */
@@ -427,76 +502,109 @@ static void lay_out(half *rows, half *across, const Tensor *from, long head, con
     }
 }
 
-static void forward_block_tiles(const Job *job, const Seen *seen, long head, long q0, const half *key, const half *value_across, float *own) {
-    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
-    float *sums = own, *scores = sums + B * width, *top = scores + B * B, *total = top + B, *shrink = total + B;
-    half *query = (half *)(shrink + B), *weights = query + B * width;
-    pairs_across(query, half_of(&job->query, head, q0), job->query.row, rows, width);
-    memset(sums, 0, B * width * sizeof(float));
-    begin_rows(top, total);
+static void forward_block_tiles(const Job *job, const Seen *seen, Team team, long q0, const half *key, const half *value_across, float *own) {
+    int width = job->width, rows = least(B, job->queries - q0);
+    long each = B * width + 3 * B + B * width / 2; /* sums, top, total, shrink, query (halves) of a head */
+    float *scores = own + team.count * each;
+    half *weights = (half *)(scores + B * B);
+    for (long h = 0; h < team.count; h++) {
+        float *sums = own + h * each, *top = sums + B * width;
+        pairs_across((half *)(top + 3 * B), half_of(&job->query, team.first + h, q0), job->query.row, rows, width);
+        memset(sums, 0, B * width * sizeof(float));
+        begin_rows(top, top + B);
+    }
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
         int whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : B / 2;
-        for (int k = 0; k < B; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
-        }
-        softmax_block(job, scores, B, k0, q0, whole, top, total, shrink);
-        for (int d = 0; d < width; d++)
-            for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
-        narrowed_pairs(weights, scores);
-        for (int k = 0; k < B; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            tile_product(sums + p.from, B, value_across + k0 * width + k, B, weights + k * B + 2 * p.from, 2 * B, width, p.to - p.from, unit, 1);
+        for (long h = 0; h < team.count; h++) {
+            float *sums = own + h * each, *top = sums + B * width, *shrink = top + 2 * B;
+            const half *query = (half *)(shrink + B);
+            for (int k = 0; k < B; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+            }
+            softmax_block(job, scores, B, k0, q0, whole, top, top + B, shrink);
+            for (int d = 0; d < width; d++)
+                for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
+            narrowed_pairs(weights, scores);
+            for (int k = 0; k < B; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                tile_product(sums + p.from, B, value_across + k0 * width + k, B, weights + k * B + 2 * p.from, 2 * B, width, p.to - p.from, unit, 1);
+            }
         }
     }
-    end_rows(job, head, q0, rows, sums, top, total);
-    for (int q = 0; q < rows; q++) put_column(half_of(&job->out, head, q0 + q), sums + q, width);
+    for (long h = 0; h < team.count; h++) {
+        float *sums = own + h * each, *top = sums + B * width;
+        end_rows(job, team.first + h, q0, rows, sums, top, top + B);
+        for (int q = 0; q < rows; q++) put_column(half_of(&job->out, team.first + h, q0 + q), sums + q, width);
+    }
 }
 
-static void backward_block_tiles(const Job *job, const Seen *seen, long head, long q0, const half *key, const half *key_across, const half *value,
-                                 float *own, float *d_key, float *d_value) {
-    int width = job->width, rows = job->queries - q0 < B ? job->queries - q0 : B;
-    float *d_query = own, *scores = d_query + B * width, *d_weights = scores + B * B, *lse = d_weights + B * B, *delta = lse + B;
-    half *query = (half *)(delta + B), *query_down = query + B * width, *grad = query_down + B * width, *grad_down = grad + B * width;
-    half *weights = grad_down + B * width, *d_scores = weights + B * B, *pairs = d_scores + B * B;
-    const half *q_rows = half_of(&job->query, head, q0), *g_rows = half_of(&job->grad, head, q0);
-    pairs_across(query, q_rows, job->query.row, rows, width);
-    pairs_down(query_down, q_rows, job->query.row, rows, width);
-    pairs_across(grad, g_rows, job->grad.row, rows, width);
-    pairs_down(grad_down, g_rows, job->grad.row, rows, width);
-    for (int q = 0; q < B; q++) {
-        vec sum = {};
-        for (int d = 0; q < rows && d < width; d += LANES)
-            sum += eight_and_eight(g_rows + q * job->grad.row + d) * eight_and_eight(half_of(&job->out, head, q0 + q) + d);
-        delta[q] = sum_of(sum);
-        lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
+/* What a head of a team needs of its block of queries. */
+typedef struct {
+    float *d_query, *lse, *delta;
+    half *query, *query_down, *grad, *grad_down;
+} Own;
+
+static inline long own_floats(long width) { return 3 * B * width + 2 * B; }
+static inline Own own_of(float *at, long width) {
+    float *lse = at + B * width;
+    half *query = (half *)(lse + 2 * B);
+    return (Own){at, lse, lse + B, query, query + B * width, query + 2 * B * width, query + 3 * B * width};
+}
+
+static void backward_block_tiles(const Job *job, const Seen *seen, Team team, long q0, const half *key, const half *key_across, const half *value,
+                                 float *memory, float *d_key, float *d_value) {
+    int width = job->width, rows = least(B, job->queries - q0);
+    float *scores = memory + team.count * own_floats(width), *d_weights = scores + B * B;
+    half *weights = (half *)(d_weights + B * B), *d_scores = weights + B * B, *pairs = d_scores + B * B;
+    for (long h = 0; h < team.count; h++) {
+        long head = team.first + h;
+        Own own = own_of(memory + h * own_floats(width), width);
+        const half *q_rows = half_of(&job->query, head, q0), *g_rows = half_of(&job->grad, head, q0);
+        pairs_across(own.query, q_rows, job->query.row, rows, width);
+        pairs_down(own.query_down, q_rows, job->query.row, rows, width);
+        pairs_across(own.grad, g_rows, job->grad.row, rows, width);
+        pairs_down(own.grad_down, g_rows, job->grad.row, rows, width);
+        memset(own.d_query, 0, B * width * sizeof(float));
+        for (int q = 0; q < B; q++) {
+            vec sum = {};
+            for (int d = 0; q < rows && d < width; d += LANES)
+                sum += eight_and_eight(g_rows + q * job->grad.row + d) * eight_and_eight(half_of(&job->out, head, q0 + q) + d);
+            own.delta[q] = sum_of(sum);
+            own.lse[q] = q < rows ? job->lse[head * job->queries + q0 + q] * LOG2E : 0;
+        }
     }
-    memset(d_query, 0, B * width * sizeof(float));
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
         int whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : B / 2;
-        for (int k = 0; k < B; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
-            tile_product(d_weights + k * B + p.from, B, value + (k0 + k) * width, width, grad + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
-        }
-        weights_block(job, scores, d_weights, B, k0, q0, whole, lse, delta);
-        narrowed(weights, scores);
-        narrowed(d_scores, d_weights);
-        narrowed_pairs(pairs, d_weights);
-        for (int k = 0; k < B; k += unit) {
-            Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-            long at = (k0 + k) * width, place = k * B + p.from, seeing = p.to - p.from;
-            tile_product(d_value + at, width, weights + place, B, grad_down + p.from * width, 2 * width, unit, width, seeing, 1);
-            tile_product(d_key + at, width, d_scores + place, B, query_down + p.from * width, 2 * width, unit, width, seeing, 1);
-            tile_product(d_query + p.from, B, key_across + k0 * width + k, B, pairs + k * B + 2 * p.from, 2 * B, width, seeing, unit, 1);
+        for (long h = 0; h < team.count; h++) {
+            Own own = own_of(memory + h * own_floats(width), width);
+            for (int k = 0; k < B; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, own.query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+                tile_product(d_weights + k * B + p.from, B, value + (k0 + k) * width, width, own.grad + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+            }
+            weights_block(job, scores, d_weights, B, k0, q0, whole, own.lse, own.delta);
+            narrowed(weights, scores);
+            narrowed(d_scores, d_weights);
+            narrowed_pairs(pairs, d_weights);
+            for (int k = 0; k < B; k += unit) {
+                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
+                long at = (k0 + k) * width, place = k * B + p.from, seeing = p.to - p.from;
+                tile_product(d_value + at, width, weights + place, B, own.grad_down + p.from * width, 2 * width, unit, width, seeing, 1);
+                tile_product(d_key + at, width, d_scores + place, B, own.query_down + p.from * width, 2 * width, unit, width, seeing, 1);
+                tile_product(own.d_query + p.from, B, key_across + k0 * width + k, B, pairs + k * B + 2 * p.from, 2 * B, width, seeing, unit, 1);
+            }
         }
     }
-    for (long i = 0; i < B * width; i += LANES) *(vec *)(d_query + i) *= job->scale;
-    for (int q = 0; q < rows; q++) put_column(half_of(&job->d_query, head, q0 + q), d_query + q, width);
+    for (long h = 0; h < team.count; h++) {
+        Own own = own_of(memory + h * own_floats(width), width);
+        for (long i = 0; i < B * width; i += LANES) *(vec *)(own.d_query + i) *= job->scale;
+        for (int q = 0; q < rows; q++) put_column(half_of(&job->d_query, team.first + h, q0 + q), own.d_query + q, width);
+    }
 }
 
 #endif
@@ -521,7 +629,7 @@ int forward(const Job *job, int tiles) {
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? padded * job->width : 0; /* keys and values, half a float each */
-        float *own = scratch(laid_out + 2 * B * job->width + 2 * B * B + 4 * B);
+        float *own = scratch(laid_out + TOGETHER * (2 * B * job->width + 3 * B) + 2 * B * B);
         if (!own) {
             failed = 1;
             continue;
@@ -533,19 +641,20 @@ int forward(const Job *job, int tiles) {
         if (tiles) take_tiles(&before);
 #endif
         for (long item = starts[thread]; item < starts[thread + 1]; item++) {
-            long head = item / blocks, q0 = item % blocks * B;
+            Team team = team_of(job, item / blocks);
+            long q0 = item % blocks * B;
 #ifdef TILES
             if (tiles) {
-                if (group != head / (job->heads / job->key_heads)) {
-                    group = head / (job->heads / job->key_heads);
+                if (group != team.group) {
+                    group = team.group;
                     lay_out(key, NULL, &job->key, group, job, padded);
                     lay_out(NULL, value_across, &job->value, group, job, padded);
                 }
-                forward_block_tiles(job, seen, head, q0, key, value_across, own + laid_out);
+                forward_block_tiles(job, seen, team, q0, key, value_across, own + laid_out);
                 continue;
             }
 #endif
-            forward_block(job, seen, head, q0, own);
+            forward_block(job, seen, team, q0, own);
         }
 #ifdef TILES
         if (tiles) give_tiles_back(&before);
@@ -559,14 +668,14 @@ int forward(const Job *job, int tiles) {
  * meets; padded: keys up to a multiple of 64. */
 int backward(const Job *job, int tiles, float *sums, long groups) {
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
-    long each = groups * padded * job->width, heads_of_group = job->heads / job->key_heads;
+    long each = groups * padded * job->width;
     Seen *seen = divided(job, starts);
     int failed = 0;
     if (!seen) return 1;
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
         size_t laid_out = tiles ? (padded * job->width * 3 + 1) / 2 : 0;
-        float *own = scratch(laid_out + 4 * B * job->width + 4 * B * B + 4 * B), *d_key = sums + thread * 2 * each, *d_value = d_key + each;
+        float *own = scratch(laid_out + TOGETHER * (3 * B * job->width + 2 * B) + 4 * B * B), *d_key = sums + thread * 2 * each, *d_value = d_key + each;
         if (!own) {
             failed = 1;
             continue;
@@ -578,24 +687,24 @@ int backward(const Job *job, int tiles, float *sums, long groups) {
         if (tiles) take_tiles(&before);
 #endif
         for (long item = starts[thread]; item < starts[thread + 1]; item++) {
-            long head = item / blocks, q0 = item % blocks * B, met = head / heads_of_group - starts[thread] / blocks / heads_of_group;
-            long at = met * padded * job->width;
+            Team team = team_of(job, item / blocks);
+            long q0 = item % blocks * B, met = team.group - team_of(job, starts[thread] / blocks).group, at = met * padded * job->width;
             if (met >= groups) {
                 failed = 1;
                 break;
             }
 #ifdef TILES
             if (tiles) {
-                if (group != head / heads_of_group) {
-                    group = head / heads_of_group;
+                if (group != team.group) {
+                    group = team.group;
                     lay_out(key, key_across, &job->key, group, job, padded);
                     lay_out(value, NULL, &job->value, group, job, padded);
                 }
-                backward_block_tiles(job, seen, head, q0, key, key_across, value, own + laid_out, d_key + at, d_value + at);
+                backward_block_tiles(job, seen, team, q0, key, key_across, value, own + laid_out, d_key + at, d_value + at);
                 continue;
             }
 #endif
-            backward_block(job, seen, head, q0, own, d_key + at, d_value + at);
+            backward_block(job, seen, team, q0, own, d_key + at, d_value + at);
         }
 #ifdef TILES
         if (tiles) give_tiles_back(&before);
@@ -610,8 +719,9 @@ int backward(const Job *job, int tiles, float *sums, long groups) {
         memset(d_key, 0, sizeof d_key);
         memset(d_value, 0, sizeof d_value);
         for (long thread = 0; thread < job->threads; thread++) {
-            long met = group - starts[thread] / blocks / heads_of_group, last = (starts[thread + 1] - 1) / blocks / heads_of_group;
-            if (starts[thread] == starts[thread + 1] || met < 0 || group > last) continue;
+            if (starts[thread] == starts[thread + 1]) continue;
+            long met = group - team_of(job, starts[thread] / blocks).group, last = team_of(job, (starts[thread + 1] - 1) / blocks).group;
+            if (met < 0 || group > last) continue;
             const float *key = sums + thread * 2 * each + (met * padded + k) * job->width, *value = key + each;
             for (int d = 0; d < job->width; d++) d_key[d] += key[d] * job->scale, d_value[d] += value[d];
         }
