@@ -17,8 +17,8 @@ from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.data.tokens import cut_front
 from weitiao.errors import RunError
+from weitiao.model import fused, quantize
 from weitiao.model import load as loading
-from weitiao.model import quantize
 from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.method import Method
 from weitiao.model.source import model_folder
@@ -104,6 +104,8 @@ def open_trained(path: str, screen: Screen, base: str = "trained") -> Trained:
         raise RunError(f"What was learned cannot be read from {weights / method.FOLDER}: {str(error).splitlines()[0]}",
                        "Expected the files as training left them.",
                        f"Use a checkpoint: {run.path}/checkpoints/N, N one of {steps}.") from error
+    if base == "trained":
+        fused.fuse(model)  # as in training: what is measured then and now is computed alike
     return Trained(run, weights, settings, folder, template, method, loading.place(model, device).eval(), compute,
                    Labels.from_dict(run.read_json("data.json").get("labels")))
 
