@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -260,3 +261,21 @@ def test_several_processes_encode_them_in_order(template, monkeypatch):
     monkeypatch.setattr(dataset, "usual_workers", lambda: 3)
     write(ROWS * 3)
     assert encoded(template, None, max_tokens=30)[2] == plain(read(template, max_tokens=30)[0].rows, 150)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_file_that_is_replaced_behind_the_first_block_mixes_no_rows_and_leaves_none(template, made, is_kept):
+    write(ROWS)
+    os.rename("rows.jsonl", "old.jsonl")
+    write([row | {"completion": "9" * len(row["completion"])} for row in ROWS])
+    cache, alone = Cache(Path("kept"), 10**9), Cache(Path("alone"), 0)
+    new = read(template, alone, max_tokens=40)[0].fingerprint()
+    if is_kept:
+        read(template, cache, max_tokens=40)
+    os.rename("rows.jsonl", "new.jsonl"), os.rename("old.jsonl", "rows.jsonl")
+    old = read(template, alone, max_tokens=40)[0]
+    _, all_rows = stream(template, cache, max_tokens=40)
+    os.replace("new.jsonl", "rows.jsonl")
+    with all_rows.encoding_beside(lambda text: None):
+        assert plain(all_rows, all_rows.wait(10**9)) == plain(old.rows, len(old))
+    assert read(template, cache, max_tokens=40)[0].fingerprint() == new

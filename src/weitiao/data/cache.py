@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,7 @@ from weitiao.data.rows.row import place_of, where_of
 from weitiao.data.stored import COLUMNS, StoredRows
 from weitiao.data.survey import Survey
 from weitiao.data.templates import Template
+from weitiao.errors import SourceError
 from weitiao.settings.data import DataSettings, Source
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class Cache:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """All that decides what dataset.load gives."""
+    """All that decides what dataset.load gives, made before a row is read. stamps: of the files then; None where there are none to be had."""
 
     sources: Sequence[Source]
     settings: DataSettings
@@ -248,10 +249,17 @@ class Asked:
     max_tokens: int | None
     task: str
     labels: Labels | None
+    stamps: list[tuple[str, int, int]] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", self._stamps_now())
 
     @cached_property
     def files(self) -> list[reading.LocalFiles] | None:
         """None where a source lies on a hub: nobody tells when it changes."""
+        return self._files_now()
+
+    def _files_now(self) -> list[reading.LocalFiles] | None:
         found = [reading.local_files(source.path, source.split) for source in self.sources]
         return None if None in found else found
 
@@ -259,19 +267,22 @@ class Asked:
     def names(self) -> list[str]:
         return [name for one in self.files for name in one.names]
 
-    @cached_property
-    def stamps(self) -> list[tuple[str, int, int]]:
-        return _stamps(self.files)
+    def _stamps_now(self) -> list[tuple[str, int, int]] | None:
+        try:
+            files = [file for one in self._files_now() or () for file in one.files]
+            return [(str(file), status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]] or None
+        except (OSError, SourceError):  # who reads them tells better
+            return None
 
     def is_unchanged(self) -> bool:
         """Were the files left alone while they were read?"""
-        return self.stamps == _stamps([reading.local_files(source.path, source.split) for source in self.sources])
+        return self.stamps is not None and self.stamps == self._stamps_now()
 
     def can_be_told(self) -> bool:
-        """Are rows many, and known by their content? A template that writes the date gives other ids tomorrow."""
+        """Are rows many, and known by their content, which is that of the stamps? A template that writes the date gives other ids tomorrow."""
         try:
-            many = self.files and sum(size for _, size, _ in self.stamps) >= LEAST_BYTES
-            return bool(many and "strftime_now" not in self.template.source and self.tokenizer and self.content)
+            many = self.stamps and sum(size for _, size, _ in self.stamps) >= LEAST_BYTES
+            return bool(many and "strftime_now" not in self.template.source and self.tokenizer and self.content and self.is_unchanged())
         except OSError:  # who reads them tells better
             return False
 
@@ -297,10 +308,6 @@ class Asked:
     @cached_property
     def tokenizer(self) -> list[Any] | None:
         return _of_tokenizer(self.template.tokenizer)
-
-
-def _stamps(files: Sequence[reading.LocalFiles]) -> list[tuple[str, int, int]]:
-    return [(str(file), status.st_size, status.st_mtime_ns) for one in files for file in one.files for status in [file.stat()]]
 
 
 def _of_file(file: Path) -> str:

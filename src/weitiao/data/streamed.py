@@ -47,6 +47,7 @@ def begin(
         RowError, SourceError: the first block cannot be read or learned from.
         SettingError: the labels would not be known before all rows are read.
     """
+    asked = Asked(sources, settings, template, model_limit, seed, settings.max_tokens, task, None)  # before a row is read
     mixed = Mixed(sources, settings, seed)
     if not settings.labels and (task == "classify" or (task == "auto" and "label" in mixed.formats)):
         raise SettingError("data.streaming=true begins to learn before all rows are read, and those to come may have labels that the first do not.",
@@ -58,7 +59,6 @@ def begin(
         survey.merge(part.survey)
     first = encoding.dataset(_together(parts))
     encoding.refuse_idle(first)
-    asked = Asked(sources, settings, template, model_limit, seed, settings.max_tokens, task, None)
     return first, Streamed(encoding, parts, first, cache, asked, survey.another())
 
 
