@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from weitiao.data import cache as caching
 from weitiao.data import dataset, streamed
@@ -158,6 +160,48 @@ def test_a_cache_that_cannot_be_written_is_told_and_the_rows_are_there(template,
     assert len(told) == 1 and "cannot be kept" in told[0] and "No space left on device" in told[0]
 
 
+@pytest.mark.parametrize("where", ["files", "the last cut"])
+def test_a_disk_that_is_full_for_the_cache_alone_ends_no_training(template, monkeypatch, where):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    write(ONE_LONGER)
+    told, add, datasets = [], streamed.Gathered.add, dataset.Encoding.datasets
+    _, all_rows = stream(template, Cache(Path("kept"), 10**9, told.append))
+    if where == "files":
+        monkeypatch.setattr(streamed.Gathered, "add", lambda self, part: full() if self.folder and self.rows else add(self, part))
+    else:
+        monkeypatch.setattr(dataset.Encoding, "datasets", lambda self, read, *limits: full() if len(limits) > 1 else datasets(self, read, *limits))
+    put = streamed.Spill.put
+    monkeypatch.setattr(streamed.Spill, "put", lambda *args: spilled.append([*Path("kept").glob("*.partial-*")]) or put(*args))
+    spilled = []
+    with all_rows.encoding_beside(lambda text: None):
+        assert all_rows.wait(10**9) == len(ROWS)
+    assert all_rows.whole and not all_rows.error and len(told) == 1 and "cannot be kept for the next run" in told[0]
+    assert bool(spilled[-1]) == (where != "files")  # what was gathered makes room for the rows to come
+
+
+def test_an_id_outside_the_embedding_behind_its_cut_ends_no_training(template):
+    write([*ROWS, *[{"prompt": "What is 1?", "completion": "It is 2." + "1" * 60 + "Ω"}] * 20])
+    told, tokenizer, outside = [], copy.deepcopy(template.tokenizer), len(template.tokenizer)
+    tokenizer.add_tokens(["Ω"])
+    _, all_rows = stream(load_template("plain", tokenizer), Cache(Path("kept"), 10**9, told.append), vocabulary=outside)
+    with all_rows.encoding_beside(lambda text: None):
+        assert all_rows.wait(10**9) == 70
+    assert len(told) == 1 and f"token id {outside} is outside the model's embedding" in told[0]
+
+
+def test_all_rows_are_there_before_they_are_kept(template, monkeypatch):
+    write(ROWS)
+    asked_for, keep = threading.Event(), Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda *args: asked_for.wait(5) and keep(*args))
+    _, all_rows = stream(template, Cache(Path("kept"), 10**9))
+    with all_rows.encoding_beside(lambda text: None):
+        assert all_rows.wait(10**9) == len(ROWS) and all_rows.whole and not all_rows.ended
+        asked_for.set()
+    assert list(Path("kept").glob("*/facts"))
+
+
 def test_labels_are_known_before_or_refused(template):
     write(LABELS)
     with pytest.raises(SettingError, match="data.labels"):
@@ -279,3 +323,16 @@ def test_a_file_that_is_replaced_behind_the_first_block_mixes_no_rows_and_leaves
     with all_rows.encoding_beside(lambda text: None):
         assert plain(all_rows, all_rows.wait(10**9)) == plain(old.rows, len(old))
     assert read(template, cache, max_tokens=40)[0].fingerprint() == new
+
+
+def test_a_lock_is_left_where_nothing_can_be_gathered(template, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    write(ROWS)
+    cache = Cache(Path("kept"), 10**9)
+    _, all_rows = stream(template, cache)
+    cache.place()
+    monkeypatch.setattr(Cache, "_staging", full)
+    with cache.beside(all_rows.asked) as staging, FileLock(cache._lock(all_rows.asked.key), timeout=0):
+        assert staging is None

@@ -83,7 +83,7 @@ class Cache:
                 with self._alone(asked.key):
                     found = find() or self._make(asked, survey, made)
         except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
-            self._cannot_keep(error)
+            self.cannot_keep(error)
             return made(survey)
         data, noted = found
         refuse_outside(data.rows, vocabulary)
@@ -95,10 +95,11 @@ class Cache:
     def _can_keep(self, asked: Asked) -> bool:
         return self.most > 0 and asked.can_be_told()
 
-    def _cannot_keep(self, error: Exception) -> None:
-        self.notify(f"Encoded rows cannot be kept for the next run: {error}. This one goes on without.")
-
     # ---------------------------------------------------------------------- for rows that are encoded beside something else
+
+    def cannot_keep(self, error: Exception) -> None:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        self.notify(f"Encoded rows cannot be kept for the next run: {reason}. This one goes on without.")
 
     def place(self) -> str | None:
         """A folder that lies on a disk, for files of a while; None if it cannot be had."""
@@ -125,7 +126,8 @@ class Cache:
             except Timeout:  # another process is at them
                 staging = None
             except (OSError, NotImplementedError) as error:  # a full disk, a file system without locks
-                self._cannot_keep(error)
+                stack.close()
+                self.cannot_keep(error)
                 staging = None
             yield staging
 
@@ -136,7 +138,7 @@ class Cache:
         try:
             self._keep(asked, cuts, noted, staging)
         except OSError as error:
-            self._cannot_keep(error)
+            self.cannot_keep(error)
 
     # ---------------------------------------------------------------------------------------------- finding
 

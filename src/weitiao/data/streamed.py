@@ -104,11 +104,12 @@ class Streamed:
             GivenUp: by another thread, or a signal.
         """
         with self.changed:
-            self.changed.wait_for(lambda: self.starts[-1] >= count or self.ended or self.stopped)
-            if self.starts[-1] < count and self.stopped and not self.whole:  # before an error: whoever stops us may stop the encoders too
-                raise GivenUp
-            if self.starts[-1] < count and self.error:
-                raise self.error
+            self.changed.wait_for(lambda: self.starts[-1] >= count or self.whole or self.ended or self.stopped)
+            if self.starts[-1] < count and not self.whole:
+                if self.stopped:  # before an error: whoever stops us may stop the encoders too
+                    raise GivenUp
+                if self.error:
+                    raise self.error
             return min(count, self.starts[-1])
 
     def __getitem__(self, i: int) -> TrainingRow:
@@ -175,24 +176,24 @@ class Streamed:
             self.skipped, self.read = known.skipped, known.read
             self._refuse_if_too_many()
             self._publish(lambda: rest, len(rest))
-            self.whole = True
+            self._all_are_there()
         return known is not None
 
     def _take_rest(self) -> None:
         spill = Spill(self.cache.place())
-        with self.cache.beside(self.asked) as staging:
-            all_of_it = Gathered(staging) if staging else None
-            self._keep(all_of_it, self.waiting)
+        with contextlib.ExitStack() as beside:
+            staging = beside.enter_context(self.cache.beside(self.asked))
+            all_of_it = self._gather(Gathered(staging) if staging else None, self.waiting, beside)
             while not self.stopped and (parts := list(islice(self._until_stopped(), BLOCK // CHUNK))):
-                self._keep(all_of_it, parts)
+                all_of_it = self._gather(all_of_it, parts, beside)
                 data = self.encoding.dataset(_together(parts), self.max_tokens)
                 self.skipped += data.skipped
                 self.read += data.read
                 self._refuse_if_too_many()
                 self._publish(spill.put(data.rows), len(data))
-            self.whole = not self.stopped
-            if self.whole and all_of_it:
-                self.cache.keep(self.asked, self.encoding.datasets(all_of_it, self.asked.max_tokens, self.max_tokens), self.noted, staging)
+            if not self.stopped:
+                self._all_are_there()
+                self._keep(all_of_it)
 
     def _refuse_if_too_many(self) -> None:
         try:
@@ -208,10 +209,25 @@ class Streamed:
                 return
             yield part
 
-    def _keep(self, all_of_it: Gathered | None, parts: Sequence[Part]) -> None:
-        for part in parts if all_of_it else ():
-            all_of_it.add(part)
-            self.noted.merge(part.survey)
+    def _gather(self, all_of_it: Gathered | None, parts: Sequence[Part], beside: contextlib.ExitStack) -> Gathered | None:
+        """`all_of_it` and these parts, for the cache; None as soon as they cannot be kept: beside, what holds folder and lock, is closed then."""
+        try:
+            for part in parts if all_of_it else ():
+                all_of_it.add(part)
+                self.noted.merge(part.survey)
+            return all_of_it
+        except OSError as error:  # a full disk
+            self.cache.cannot_keep(error)
+            beside.close()
+            return None
+
+    def _keep(self, all_of_it: Gathered | None) -> None:
+        try:
+            if all_of_it:
+                cuts = self.encoding.datasets(all_of_it, self.asked.max_tokens, self.max_tokens)
+                self.cache.keep(self.asked, cuts, self.noted, all_of_it.folder)
+        except Exception as error:  # all rows are there: whatever fails concerns the next run alone
+            self.cache.cannot_keep(error)
 
     def _publish(self, rows: Callable[[], StoredRows], count: int) -> None:
         if count:
@@ -219,6 +235,11 @@ class Streamed:
                 self.blocks.append(rows)
                 self.starts.append(self.starts[-1] + count)
                 self.changed.notify_all()
+
+    def _all_are_there(self) -> None:
+        with self.changed:
+            self.whole = True
+            self.changed.notify_all()
 
 
 class Spill:
