@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,39 @@ def test_what_a_killed_process_left_half_written_goes_and_what_another_is_writin
     with FileLock(cache._lock(being_written.name)):
         read(cache, template)
     assert not left.exists() and (being_written / "ids").exists() and entry()
+
+
+def test_what_a_killed_process_left_is_cleared_where_it_can_be_and_no_lock_is_held_meanwhile(template, monkeypatch):
+    write(ROWS)
+    Path("kept/ba.lock").mkdir(parents=True)  # cannot be opened as a lock
+    Path("kept/bad.partial-1").mkdir()
+    Path("kept/left.partial-1").mkdir()
+    Path("kept/same.partial-1").write_text("key 1")
+    cache, gone, remove = Cache(Path("kept"), 10**9), [], shutil.rmtree
+
+    def with_its_lock_free(folder, **how):
+        with FileLock(cache._lock("left"), timeout=0):
+            gone.append(folder)
+            remove(folder, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", with_its_lock_free)
+    read(cache, template)
+    assert gone and entry()
+    assert [one.name for one in Path("kept").glob("*.partial-*")] == ["bad.partial-1"]
+
+
+@pytest.mark.parametrize("torn", [b"", b"\xff 1", b"key", b"key one"])
+def test_a_torn_note_of_the_same_rows_is_made_anew(made, template, torn):
+    write(ROWS)
+    cache = Cache(Path("kept"), 10**9)
+    first, _ = read(cache, template)
+    stray = Path("kept", "stray.same")
+    for file in (*Path("kept").glob("*.same"), stray):
+        file.write_bytes(torn)
+    again, _ = read(cache, template, max_tokens=first.max_tokens)
+    assert len(made) == 2 and again.fingerprint() == first.fingerprint() and not stray.exists() and list(Path("kept").glob("*/facts"))
+    read(cache, template, max_tokens=first.max_tokens)
+    assert len(made) == 2
 
 
 def test_those_not_used_for_longest_go_first(made, template):

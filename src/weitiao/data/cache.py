@@ -146,8 +146,8 @@ class Cache:
         entry, cut = self.folder / key, 0
         try:
             if not entry.is_dir():
-                same, number = (self.folder / f"{key}.same").read_text("ascii").split()
-                entry, cut = self.folder / same, int(number)
+                same, cut = _same(self.folder / f"{key}.same")
+                entry = self.folder / same
             facts = _read_facts(entry / "facts")
             if surveyed and not facts["survey"]:
                 return None
@@ -178,11 +178,14 @@ class Cache:
             shutil.rmtree(staging, ignore_errors=True)  # what is mapped from it stays
 
     def _clear_leftovers(self, key: str) -> None:
-        """Folders of processes that were killed: those still at work hold the locks of theirs."""
-        for leftover in self.folder.glob("*.partial-*/"):
-            mine = self._lock(leftover.name) == self._lock(key)
-            with contextlib.suppress(Timeout), contextlib.nullcontext() if mine else FileLock(self._lock(leftover.name), timeout=0):
-                shutil.rmtree(leftover, ignore_errors=True)
+        """What processes left that were killed: those still at work hold the locks of theirs."""
+        mine = self.folder / f"{key}.partial-{os.getpid()}-left"  # nobody waits for another's lock while files are deleted
+        for leftover in list(self.folder.glob("*.partial-*")):
+            with contextlib.suppress(OSError, NotImplementedError):  # of those that cannot be cleared, too
+                if self._lock(leftover.name) != self._lock(key):
+                    with FileLock(self._lock(leftover.name), timeout=0):
+                        leftover = leftover.rename(mine)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _keep(self, asked: Asked, cuts: Sequence[Dataset], noted: Survey | None, staging: Path) -> None:
         facts, arrays = _to_facts(cuts, noted, asked.names)
@@ -197,7 +200,7 @@ class Cache:
         for number, data in enumerate(cuts):
             for task in {asked.task, "classify" if data.labels else "answer"}:  # as a run that goes on asks
                 if (same := asked.key_with(data.max_tokens, task)) != asked.key:
-                    part = self.folder / f"{same}.partial-{os.getpid()}"
+                    part = self.folder / f"{asked.key}.partial-{os.getpid()}"  # under the lock that is held
                     part.write_text(f"{asked.key} {number}", "ascii")
                     os.replace(part, self.folder / f"{same}.same")
         with contextlib.suppress(OSError):  # another process makes room too
@@ -215,7 +218,7 @@ class Cache:
             os.rename(entry, going)
             shutil.rmtree(going, ignore_errors=True)
         for same in self.folder.glob("*.same"):
-            if not (self.folder / same.read_text("ascii").split()[0]).is_dir():
+            if not (told := _same(same)) or not (self.folder / told[0]).is_dir():
                 same.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -393,6 +396,15 @@ def _write(facts: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path) -
     told = {name: {"dtype": array.dtype.str, "length": len(array), "check": _check(array)} for name, array in arrays.items()}
     text = json.dumps(facts | {"arrays": told})
     (folder / "facts").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", "ascii")
+
+
+def _same(file: Path) -> tuple[str, int] | None:
+    """The key and the cut that it tells; None if it is torn."""
+    try:
+        key, cut = file.read_text("ascii").split()
+        return key, int(cut)
+    except (OSError, ValueError):
+        return None
 
 
 def _read_facts(file: Path) -> dict[str, Any]:
