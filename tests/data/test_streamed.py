@@ -325,6 +325,15 @@ def test_a_file_that_is_replaced_behind_the_first_block_mixes_no_rows_and_leaves
     assert read(template, cache, max_tokens=40)[0].fingerprint() == new
 
 
+def test_a_cut_that_is_found_without_a_row_is_refused_as_if_it_were_made(template):
+    write([{"prompt": "7" * 60, "completion": "7", "weight": 1}, *[row | {"weight": 0} for row in ROWS * 3]])
+    cache = Cache(Path("kept"), 10**9)
+    encoded(template, cache, weight_column="weight")
+    for here in (cache, Cache(Path("kept"), 0)):
+        with pytest.raises(RowError, match="each has a weight of 0"):
+            read(template, here, weight_column="weight")
+
+
 def test_a_lock_is_left_where_nothing_can_be_gathered(template, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 
 from weitiao import trie
 from weitiao.data import rows as reading
-from weitiao.data.dataset import Dataset, load, refuse_if_too_many, refuse_outside
+from weitiao.data.dataset import Dataset, load, refuse_idle, refuse_outside
 from weitiao.data.gathered import LONG, Skipped
 from weitiao.data.labels import Labels
 from weitiao.data.rows.row import place_of, where_of
@@ -87,7 +87,7 @@ class Cache:
             return made(survey)
         data, noted = found
         refuse_outside(data.rows, vocabulary)
-        refuse_if_too_many(data.skipped, data.read, settings)  # a run that cut them elsewhere refused other rows
+        refuse_idle(data, settings)  # a run that cut them elsewhere refused other rows
         if survey is not None:
             survey.merge(noted)
         return data

@@ -110,7 +110,7 @@ def load(
     for _ in progress(_gathered(read, chain(first, encoding.parts), survey), "Reading rows"):
         pass
     data = encoding.dataset(read, max_tokens)
-    encoding.refuse_idle(data)
+    refuse_idle(data, settings)
     return data
 
 
@@ -158,16 +158,6 @@ class Encoding:
         refuse_outside(rows, self.vocabulary)
         skipped = [Skipped(read.where(file, line), reason) for file, line, reason in read.skipped + fitted.skipped]
         return Dataset(rows, skipped, limit, fitted.cut, self.labels, read.rows)
-
-    def refuse_idle(self, data: Dataset) -> None:
-        """
-        Raises:
-            RowError: nothing can be learned from these rows, or too many of them cannot teach.
-        """
-        refuse_if_too_many(data.skipped, data.read, self.settings)
-        if not len(data):
-            raise RowError(f"Nothing can be learned from any of the {data.read} rows: each has a weight of 0.",
-                           f"Expected weights above 0 in the column {self.settings.weight_column!r}.")
 
 
 def _parts(mixed: Mixed, encoder: Encoder, workers: int | None, beside: bool) -> Iterator[Part]:
@@ -341,6 +331,17 @@ def refuse_outside(found: StoredRows, vocabulary: int) -> None:
             "Expected a tokenizer that belongs to the model.",
             "Use the tokenizer that came with the model, or leave out the tokens that were added to it.",
         )
+
+
+def refuse_idle(data: Dataset, settings: DataSettings) -> None:
+    """
+    Raises:
+        RowError: nothing can be learned from these rows, or too many of them cannot teach.
+    """
+    refuse_if_too_many(data.skipped, data.read, settings)
+    if not len(data):
+        raise RowError(f"Nothing can be learned from any of the {data.read} rows: each has a weight of 0.",
+                       f"Expected weights above 0 in the column {settings.weight_column!r}.")
 
 
 def refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSettings) -> None:

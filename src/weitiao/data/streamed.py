@@ -25,7 +25,7 @@ from itertools import islice
 import numpy as np
 
 from weitiao.data.cache import Asked, Cache
-from weitiao.data.dataset import Dataset, Encoding, Mixed, labels_in, refuse_if_too_many, skipped_summary
+from weitiao.data.dataset import Dataset, Encoding, Mixed, labels_in, refuse_idle, refuse_if_too_many, skipped_summary
 from weitiao.data.encoded import CHUNK
 from weitiao.data.gathered import LONG, Gathered, Part, Skipped
 from weitiao.data.stored import COLUMNS, StoredRows, TrainingRow
@@ -58,7 +58,7 @@ def begin(
     for part in parts:
         survey.merge(part.survey)
     first = encoding.dataset(_together(parts))
-    encoding.refuse_idle(first)
+    refuse_idle(first, settings)
     return first, Streamed(encoding, parts, first, cache, asked, survey.another())
 
 
