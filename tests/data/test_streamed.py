@@ -334,6 +334,20 @@ def test_a_cut_that_is_found_without_a_row_is_refused_as_if_it_were_made(templat
             read(template, here, weight_column="weight")
 
 
+def test_a_cut_for_which_there_is_no_room_is_left_out_and_not_written_again(template, made):
+    write([ROWS[-1], *ONE_LONGER])
+    roomy = Cache(Path("roomy"), 10**9)
+    read(template, roomy, surveyed=True)
+    size = sum(file.stat().st_size for file in Path("roomy").glob("*/*") if file.name != "facts")
+    told = []
+    cache = Cache(Path("kept"), size + 500, told.append)
+    whole = encoded(template, cache)[2]
+    assert read(template, cache, surveyed=True)[0].fingerprint() == read(template, roomy)[0].fingerprint() and len(made) == 1
+    (facts,) = Path("kept").glob("*/facts")
+    kept = facts.stat().st_ino
+    assert encoded(template, cache)[2] == whole and facts.stat().st_ino == kept and not told
+
+
 def test_a_lock_is_left_where_nothing_can_be_gathered(template, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -120,7 +120,7 @@ class Cache:
         with contextlib.ExitStack() as stack:
             staging = None
             try:
-                if self._can_keep(asked):
+                if self._can_keep(asked) and self._has_room(asked):
                     stack.enter_context(FileLock(self._lock(asked.key), timeout=0))
                     staging = stack.enter_context(self._staging(asked))
             except Timeout:  # another process is at them
@@ -130,6 +130,13 @@ class Cache:
                 self.cannot_keep(error)
                 staging = None
             yield staging
+
+    def _has_room(self, asked: Asked) -> bool:
+        """False where all cuts were here before, and too much."""
+        try:
+            return _read_facts(self.folder / asked.key / "facts")["wanted"] <= self.most
+        except (OSError, ValueError, KeyError):
+            return True
 
     def keep(self, asked: Asked, cuts: Sequence[Dataset], noted: Survey | None, staging: Path) -> None:
         """What was gathered there becomes an entry, as if `load` had made it. cuts: the rows asked for; then the same, cut elsewhere."""
@@ -189,11 +196,15 @@ class Cache:
 
     def _keep(self, asked: Asked, cuts: Sequence[Dataset], noted: Survey | None, staging: Path) -> None:
         facts, arrays = _to_facts(cuts, noted, asked.names)
-        _write(facts, arrays, staging)
-        size = _size(staging)
+        size = wanted = _bytes(arrays)
+        if wanted > self.most:  # then the rows asked for, without those cut elsewhere
+            cuts = cuts[:1]
+            facts, arrays = _to_facts(cuts, noted, asked.names)
+            size = _bytes(arrays)
         if size > self.most:
             self.notify(f"Encoded, the rows take {size / 1e9:.1f} GB: too much to be kept (data.cache_gb).")
             return
+        _write(facts | {"wanted": wanted}, arrays, staging)
         target = self.folder / asked.key
         shutil.rmtree(target, ignore_errors=True)
         os.rename(staging, target)
@@ -429,6 +440,10 @@ def _check(array: np.ndarray) -> int:
     for at in range(0, len(content), BLOCK):
         found = zlib.crc32(content[at : at + BLOCK], found)
     return found
+
+
+def _bytes(arrays: dict[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays.values())
 
 
 def _size(folder: Path) -> int:
