@@ -1,4 +1,4 @@
-"""`weitiao train --help` ends with every setting: its name, type, unit, default and meaning, all from weitiao.settings."""
+"""`weitiao train --help` ends with every setting: its name, type, unit, default and meaning, as `Settings` and its groups have them."""
 
 import re
 

@@ -1,7 +1,8 @@
 """All that makes a run: `Settings`, how its groups go together, and how it is read and written.
 
-Every setting is born once, in weitiao.settings: name, type, default, bounds, unit, meaning. YAML, the command line
-(`method.rank=16`) and the help text are all read from there; nothing else in weitiao has a default for any of them.
+Every setting is born once: name, type, default, bounds, unit, meaning. Those of a group stand in weitiao.settings, task, output
+and what decides between groups in `Settings`. YAML, the command line (`method.rank=16`) and the help text are all read from
+there; nothing else in weitiao has a default for any of them.
 Unknown names are refused with the nearest known one. A setting keeps its name from YAML to the place that uses it.
 
     model: smollm2-135m          is short for   model: {name: smollm2-135m}

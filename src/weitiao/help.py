@@ -1,4 +1,4 @@
-"""The settings, as they are written in weitiao.settings -> the table that `weitiao train --help` ends with."""
+"""The settings, as config.Settings and its groups in weitiao.settings have them -> the table that `weitiao train --help` ends with."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Dataset:
     """Rows that can teach. max_tokens is the longest row in force; cut counts the rows that lost tokens to it.
 
     labels: what the rows are classified as; None where texts are learned. read: rows of the files, those of weight 0 and
-    those that cannot teach included.
+    those that cannot teach included; where rows are split, all count for those to learn from.
     """
 
     rows: StoredRows = field(default_factory=StoredRows.none)
