@@ -75,19 +75,19 @@ def write_rows(kind: str, count: int, file: Path, alpaca: list[Path]) -> None:
 
 
 def template_here():
-    from weitiao.config import ModelSettings
     from weitiao.data.templates import load_template
     from weitiao.model.load import load_tokenizer
     from weitiao.model.source import model_folder
+    from weitiao.settings.model import ModelSettings
 
     settings = ModelSettings()
     return load_template("auto", load_tokenizer(model_folder(settings), settings))
 
 
 def read(template, file: Path, cache: Path):
-    from weitiao.config import DataSettings
     from weitiao.data.cache import Cache
     from weitiao.data.survey import Facts, Survey
+    from weitiao.settings.data import DataSettings
 
     settings = DataSettings(train=str(file))
     survey = Survey(Facts.of(settings, template, 49152))
@@ -129,10 +129,10 @@ def measure_tries(file: Path, folder: Path) -> dict:
 
 
 def measure_stream(file: Path, folder: Path, whole: bool) -> dict:
-    from weitiao.config import DataSettings
     from weitiao.data.cache import Cache
     from weitiao.data.streamed import begin
     from weitiao.data.survey import Facts, Survey
+    from weitiao.settings.data import DataSettings
     from weitiao.train.loop import StreamedSchedule
 
     template = template_here()

@@ -37,7 +37,7 @@ def job_of(args):
     quiet_libraries()
     screen = Screen(quiet=True)
     if args.run:
-        from weitiao.config import Source
+        from weitiao.settings.data import Source
         from weitiao.use.trained import open_trained
 
         trained = open_trained(args.run, screen)

@@ -15,12 +15,13 @@ import resource
 import numpy as np
 import torch
 
-from weitiao.config import ModelSettings, parse
+from weitiao.config import parse
 from weitiao.data.batch import trie_batch
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS
 from weitiao.model.source import resolve
 from weitiao.screen import quiet_libraries
+from weitiao.settings.model import ModelSettings
 from weitiao.train import memory
 from weitiao.train.loss import learn_on_tries, summed_loss
 from weitiao.trie import Example, build

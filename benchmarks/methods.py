@@ -150,8 +150,9 @@ def measure_film(model, template, file: str) -> dict:
 def measure_records(model, template, file: str, settings, answers: bool) -> dict:
     from contextlib import nullcontext
 
-    from weitiao.config import EvaluationSettings, Source
     from weitiao.data.dataset import load
+    from weitiao.settings.data import Source
+    from weitiao.settings.results import EvaluationSettings
     from weitiao.train.evaluation import answer_and_score, mean_loss, questions
 
     rows = load([Source(path=file)], settings.data, template, 8192, len(template.tokenizer), 0).rows
@@ -167,13 +168,14 @@ def run(options) -> None:
     from weitiao.model import load as loading
     from weitiao.model.source import resolve
     from weitiao.screen import quiet_libraries
+    from weitiao.settings.model import ModelSettings
 
     quiet_libraries()
     torch.set_num_threads(options.threads)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model_settings = config.ModelSettings()
+        model_settings = ModelSettings()
         tokenizer = loading.load_tokenizer(resolve(model_settings.name), model_settings)
         given, measured = TASKS[options.task](folder, options.films, options.split, tokenizer)
         words = [*given, f"method={options.method}", f"training.seed={options.seed}", "training.batch_size=8", "training.layout=trie",

@@ -57,10 +57,10 @@ def folder_of(name: str, cache: Path) -> str:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from weitiao.config import ModelSettings
         from weitiao.model.known import known_config
         from weitiao.model.load import load_tokenizer
         from weitiao.model.source import resolve
+        from weitiao.settings.model import ModelSettings
 
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(known_config(name), dtype=torch.bfloat16).save_pretrained(folder)
