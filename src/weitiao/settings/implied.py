@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weitiao.settings.methods import method_or_lora, method_name
+from weitiao.settings.methods import method_name, method_or_lora
 
 # training.memory: what it sets, where nothing else is said.
 MEMORY: dict[str, dict[str, dict[str, Any]]] = {

@@ -8,8 +8,9 @@ What enters is one string, as the user typed it. What leaves is an iterator of r
 in the source: nothing is renamed, filled in or converted here. Each row remembers where it came from, so that whoever
 finds a defect later can name the place. Everything but an ordinary .json is streamed.
 
-    files ── readers ── utf8 ┐
-    data_sets ───────────────┴─ row
+    data_sets ── files ── readers ── utf8 ──┐
+    mix ────────────────────────────────────┴─ row
+    data_sets, readers ── packages
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from weitiao.data.rows.data_sets import HUBS, load_data_set, is_hub_id, is_saved, rows_of
+from weitiao.data.rows.data_sets import HUBS, is_hub_id, is_saved, load_data_set, rows_of
 from weitiao.data.rows.files import files_of
 from weitiao.data.rows.readers import read_file, suffix
 from weitiao.data.rows.row import BY_LINE, Reading, Row

@@ -13,7 +13,8 @@ Enters: the name, and a revision for the two hubs. Leaves: the path of a whole f
 What is already here is used without asking the network. What looks like a path is never sent to a hub.
 
     wheel, path ── gguf ──┐
-    hub, path ── ready ───┴─ cache ── whole
+    hub, path ── ready ───┴─ cache ── whole ── pickled
+    all but the last two ── request
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from pathlib import Path
 
 from weitiao.errors import SourceError, nearest
 from weitiao.model.source.cache import trouble_with_storage
-from weitiao.model.source.hub import CANONICAL, HUB_PREFIXES, ID, from_hub, from_modelscope
+from weitiao.model.source.hub import CANONICAL, HUB_PREFIXES, from_hub, from_modelscope
 from weitiao.model.source.path import is_folder, is_path, from_file, from_folder
-from weitiao.model.source.request import Notify, Request
+from weitiao.model.source.request import ID, SMALL, Notify, Request
 from weitiao.model.source.wheel import EMBEDDED, from_embedded, from_pypi
 from weitiao.settings.model import ModelSettings
 
@@ -85,7 +86,7 @@ def _unknown(name: str) -> SourceError:
     return SourceError(
         f"The model {name!r} is no folder here and no name that is known.",
         f"Understood: {', '.join(forms)}.",
-        hint or f"A model of the hub has an owner: owner/name. {next(iter(EMBEDDED))!r} needs no hub and is a good first model.",
+        hint or f"A model of the hub has an owner: owner/name. {SMALL!r} needs no hub and is a good first model.",
     )
 
 

@@ -14,11 +14,9 @@ from weitiao.errors import SourceError
 from weitiao.model.source import pickled
 from weitiao.model.source.cache import reason, trouble_with_storage
 from weitiao.model.source.ready import is_ready, ready
-from weitiao.model.source.request import Request
-from weitiao.model.source.wheel import EMBEDDED
+from weitiao.model.source.request import ID, SMALL, Request
 from weitiao.model.source.whole import CONVERT_ADVICE, WANTED, no_safetensors
 
-ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # A second copy of the weights: in Mistral's own layout, or for another runtime.
 UNWANTED = ["consolidated*.safetensors", "*/*.safetensors"]
 TOKENIZER = re.compile(r"(tokenizer.*|vocab\.(json|txt)|spiece\.model|.*\.tiktoken)")
@@ -117,7 +115,7 @@ def from_modelscope(request: Request) -> Path:
             f"{model} is not in ModelScope's local cache, and could not be fetched: {reason(error)}",
             "A model that ModelScope has, and a connection to it.",
             f"Check the spelling and the connection, copy the model's folder here and name it, or use "
-            f"{next(iter(EMBEDDED))!r}, which comes from PyPI.",
+            f"{SMALL!r}, which comes from PyPI.",
         ) from error
     if not is_safe and not request.convert_pickle:
         raise SourceError(f"{model} on ModelScope has no *.safetensors.", "config.json beside *.safetensors.",
@@ -177,5 +175,5 @@ def _hub_refusal(repository: str, revision: str | None, error: Exception) -> Sou
         f"{repository} is not in the local cache, and the hub cannot be reached: {reason(error)}",
         "A copy here, or a connection to the hub.",
         f"Copy the model's folder here and name it, write 'modelscope:{repository}' if ModelScope has it, set HF_ENDPOINT to a "
-        f"mirror, or use {next(iter(EMBEDDED))!r}, which comes from PyPI.",
+        f"mirror, or use {SMALL!r}, which comes from PyPI.",
     )

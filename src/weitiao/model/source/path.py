@@ -10,9 +10,8 @@ from pathlib import Path
 from weitiao.errors import SourceError
 from weitiao.model.source.cache import converted, fingerprint, plain
 from weitiao.model.source.gguf import from_gguf
-from weitiao.model.source.hub import ID
 from weitiao.model.source.ready import ready
-from weitiao.model.source.request import Request
+from weitiao.model.source.request import ID, Request
 
 # Starts with . / ~ or a drive letter, holds a backslash or two slashes, ends with a slash or a model file's suffix.
 PATH = re.compile(r"[./~]|[A-Za-z]:|.*\\|.*/.*/|.*/$|.*\.(gguf|safetensors|bin|json)$", re.IGNORECASE)

