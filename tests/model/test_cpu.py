@@ -54,7 +54,7 @@ def off(plan, kind, **shape) -> float:
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True))
 
 
-@pytest.mark.parametrize("shape", [{}, {"prefix": 1}, {"prefix": 70}, {"heads": 1, "kv_heads": 1, "width": 32}, {"heads": 2, "width": 96}, {"heads": 4, "width": 128}], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"prefix": 1}, {"prefix": 70}, {"heads": 1, "kv_heads": 1, "width": 32}, {"heads": 2, "width": 96}, {"heads": 4, "width": 128}, {"heads": 7, "kv_heads": 1}, {"heads": 10}], ids=str)
 def test_output_and_gradients_are_the_dense_masks(plan, kind, shape):
     assert off(plan, kind, **shape) < KINDS[kind]
 

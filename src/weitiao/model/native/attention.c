@@ -1,5 +1,5 @@
 /* Attention over a trie on a CPU: each key is seen by a range of queries, so a block of 64 keys and 64 queries is either skipped, taken
- * whole, or masked row by row. compiled.py builds this file with the machine's own compiler, cpu.py calls it.
+ * whole, or in parts and masked row by row. compiled.py builds this file with the machine's own compiler, cpu.py calls it.
  *
  * Scores stand transposed, [key][query]: a vector holds 16 queries, so that a softmax over keys needs no sum across a vector, and the
  * queries that see a key are a range of its row. Forward: the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867); backward:
