@@ -93,6 +93,8 @@ def train(settings: Settings, screen: Screen | None = None, show_model: bool = F
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     screen = screen or default_screen()
+    if settings.output:
+        RunFolder.refuse_taken(Path(settings.output))  # before the model is loaded; written is not before all processes have been here
     job = prepare(settings, screen, force)
     path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
     if job.accelerator.is_main_process:
