@@ -1,13 +1,18 @@
-"""Processes that encode rows end with the one that reads them, however it ends."""
+"""Processes that encode rows end with the one that reads them, however it ends; and when nobody wants more of them."""
 
 from __future__ import annotations
 
 import os
+import multiprocessing.connection
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+
+from weitiao.data.workers import in_order
 
 READER = """
 import os, sys, time
@@ -40,3 +45,28 @@ def test_they_end_at_work_or_idle_when_their_parent_is_killed(tmp_path, how):
         os.killpg(parent.pid, signal.SIGKILL)
         raise
     assert not rest
+
+
+def test_closing_it_right_behind_a_chunk_that_was_handed_over_waits_for_nothing(monkeypatch):
+    """A pool's own thread that wakes late meets a chunk that is cancelled and a pool that is shut down at once: that of Python 3.11.2
+    then waited for ever."""
+    wait = multiprocessing.connection.wait
+
+    def late(*args, **kwargs):
+        found = wait(*args, **kwargs)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(multiprocessing.connection, "wait", late)
+    parts = in_order(((n,) for n in range(9)), int, 1, beside=True)
+
+    def two_and_no_more():
+        next(parts)
+        time.sleep(2)  # till the other two are done
+        next(parts)  # hands over one more
+        parts.close()
+
+    thread = threading.Thread(target=two_and_no_more, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()

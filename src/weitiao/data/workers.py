@@ -40,24 +40,24 @@ def in_order(chunks: Iterator[tuple[Any, ...]], work: Callable[..., Any], worker
         return
     # A fork has the tokenizer at once; elsewhere it is sent to each process as it starts.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work, beside)) as pool:
-        waiting: deque[Any] = deque()
-        errors: list[WeitiaoError] = []
-        try:
-            for chunk in _up_to_an_error(chunks, errors):
-                waiting.append(pool.submit(_work, *chunk))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work, beside))
+    waiting: deque[Any] = deque()
+    errors: list[WeitiaoError] = []
+    try:
+        for chunk in _up_to_an_error(chunks, errors):
+            waiting.append(pool.submit(_work, *chunk))
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
-            if errors:
-                raise errors[0]
-        except BrokenProcessPool as error:
-            raise SourceError("A process that read rows was ended from outside, most likely for want of memory.", "",
-                              "Try again with other programs closed; `weitiao check --workers 1` reads in one process.") from error
-        finally:
-            for one in waiting:
-                one.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+        if errors:
+            raise errors[0]
+    except BrokenProcessPool as error:
+        raise SourceError("A process that read rows was ended from outside, most likely for want of memory.", "",
+                          "Try again with other programs closed; `weitiao check --workers 1` reads in one process.") from error
+    finally:
+        # Not future.cancel(): of Python 3.11.2, a pool whose last chunks are cancelled so waits for them for ever (cpython 94440).
+        pool.shutdown(cancel_futures=True)
 
 
 def _up_to_an_error(chunks: Iterator[Any], errors: list[WeitiaoError]) -> Iterator[Any]:
