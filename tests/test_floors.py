@@ -67,6 +67,34 @@ def test_help_loads_no_heavy_library(words):
     assert done.stdout
 
 
+@pytest.mark.parametrize("words, told", [
+    (["train", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["check", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["plan", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["train", "--data", "broken.jsonl"], "broken.jsonl:2"),
+    (["train", "--data", "empty.jsonl"], "holds no rows"), (["train", "--data", "strange.jsonl"], "has the columns a, b"),
+    (["train", "--data", "good.jsonl", "--model", "smolm2-135m"], "Did you mean 'smollm2-135m'"), (["plan", "--model", "./none"], "nothing at"),
+    (["train", "--data", "good.jsonl", "data.eval=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["train", "--data", "good.jsonl", "--output", "taken"], "The folder taken exists already"),
+    (["train", "nowhere", "--resume"], "There is no run folder nowhere"), (["chat", "nowhere"], "There is no run folder nowhere"),
+    (["merge", "taken"], "taken is no run folder"),
+])
+def test_what_is_plain_at_a_glance_is_told_before_a_heavy_library_is_loaded(words, told, tmp_path):
+    good = '{"prompt": "What is it?", "completion": "It is it."}\n'
+    for name, text in {"good": good, "broken": good + "{\n", "empty": "", "strange": '{"a": 1, "b": 2}\n'}.items():
+        (tmp_path / f"{name}.jsonl").write_text(text, "utf-8")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine", "utf-8")
+    script = (
+        "import sys; sys.argv = ['weitiao', *sys.argv[1:]]\n"
+        "from weitiao.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and told in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["broken.jsonl", "empty.jsonl", "good.jsonl", "notes.txt", "strange.jsonl", "taken"]
+
+
 def test_reading_rows_loads_no_torch():
     script = "import sys, weitiao.data.dataset; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,9 +6,12 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from weitiao.config import Settings
 
 app = typer.Typer(
     help="weitiao (微调): fine-tune Hugging Face causal language models. Start with `weitiao demo`.",
@@ -16,7 +19,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Run = Annotated[str, typer.Argument(help="A run folder, or RUN/checkpoints/N.", metavar="RUN")]
+
+def _is_run(run: str) -> str:
+    """Told before anything is imported that takes seconds."""
+    from weitiao.train.folder import refuse_no_run
+
+    refuse_no_run(Path(run))
+    return run
+
+
+Run = Annotated[str, typer.Argument(help="A run folder, or RUN/checkpoints/N.", metavar="RUN", callback=_is_run)]
 MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens; the prompt is not counted.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0: greedy, the same text each time; higher: more varied.", min=0)]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.", min=0.01, max=1)]
@@ -52,7 +64,9 @@ def train(
         if first is None or words or model or data or output or show_model or force:
             raise SettingError("--resume takes a run folder and nothing else.", next_step="weitiao train RUN --resume")
         from weitiao.screen import quiet_libraries
+        from weitiao.train.folder import RunFolder
 
+        RunFolder.open(Path(first))
         quiet_libraries()
         from weitiao.train import train as training
 
@@ -64,8 +78,12 @@ def train(
     values = config.gather(first, words, **given)
     without_rows = show_model and not config.names_rows(values)
     settings = config.parse(values | {"data": {**(values.get("data") or {}), "train": "none"}} if without_rows else values)
+    refuse_at_a_glance(settings, names_rows=not without_rows, read=True)
     from weitiao.screen import quiet_libraries
+    from weitiao.train.folder import RunFolder
 
+    if settings.output and not without_rows:
+        RunFolder.refuse_taken(Path(settings.output))
     quiet_libraries()
     if without_rows:
         from weitiao.train.tree import show_without_rows
@@ -99,6 +117,7 @@ def check(
     words = join_options(words)
     first = words.pop(0) if words and "=" not in words[0] else None
     settings = config.read(first, words, **{"model.name": model, "data.train": [*files, *(data or [])] or None})
+    refuse_at_a_glance(settings)
     if ids and not show:
         raise SettingError("--ids says how rows are shown, and none are.", "Expected --show N beside it.", "On a page (--html), a box shows the ids.")
     from weitiao.screen import Screen, quiet_libraries
@@ -150,6 +169,7 @@ def plan(
     if made_up or not config.names_rows(values):
         values |= {"data": {**(values.get("data") or {}), "train": "none"}}
     settings = config.parse(values)
+    refuse_at_a_glance(settings, names_rows=values["data"].get("train") != "none" if isinstance(values["data"], dict) else True)
     from weitiao.screen import Screen, quiet_libraries
 
     quiet_libraries()
@@ -161,6 +181,16 @@ def plan(
 
     planned = planning.plan(settings, Screen(), tokens, rows, gpu, memory, json)
     raise typer.Exit(0 if planned.fits else 2)
+
+
+def refuse_at_a_glance(settings: Settings, names_rows: bool = True, read: bool = False) -> None:
+    """What can be told before torch is imported, which takes seconds: a name that is none, rows that are not there. read: few rows whole."""
+    from weitiao.data.glance import glance
+    from weitiao.model.source import refuse_unknown
+
+    for source in (*settings.data.train, *settings.data.eval) if names_rows else settings.data.eval:
+        glance(source, settings.data, read)
+    refuse_unknown(settings.model.name)
 
 
 def leave() -> None:
@@ -332,8 +362,9 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # typer ends so, in silence, on Ctrl-C
-            trains = sys.argv[1:2] in (["train"], ["demo"])
-            typer.echo("\nStopped." + " A run that had taken its first step goes on with: weitiao train RUN --resume" * trains, err=True)
+            in_training = sys.argv[1:2] == ["train"]
+            where = " Go on with the same command." if "--resume" in sys.argv else " No run was begun." if in_training else ""
+            typer.echo(f"\nStopped.{where}", err=True)
         raise
     except WeitiaoError as mistake:
         from weitiao.screen import error

@@ -59,7 +59,8 @@ class RunFolder:
         if path.is_file() or (path.is_dir() and any(p.name != ".lock" for p in path.iterdir())):
             advice = f"Go on with it: weitiao train {path} --resume. Or choose another: --output NAME." \
                 if (path / "config.yaml").is_file() else "Choose another: --output NAME."
-            raise RunError(f"{path} exists already.", "Expected a new folder; a run never writes over another.", advice)
+            kind = "file" if path.is_file() else "folder"
+            raise RunError(f"The {kind} {path} exists already.", "Expected a new folder; a run never writes over another.", advice)
 
     def start(self, settings: Settings) -> None:
         """The last of a new run's first files: with it, the folder is a run."""
@@ -188,6 +189,16 @@ class RunFolder:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
         return final
+
+
+def refuse_no_run(path: Path) -> None:
+    """What `open_run` refuses at a glance.
+
+    Raises:
+        RunError: this is neither a run nor a checkpoint of one.
+    """
+    if not any((folder / "config.yaml").is_file() for folder in (path, path.parent.parent)):
+        raise RunError(*_no_run(path))
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, Path]:

@@ -50,6 +50,7 @@ from weitiao.train.tree import show_tree
 from weitiao.trie import Example
 
 
+NOTHING_KEPT = "Stopped before the first step was done; nothing is kept."
 PRECISION_NAMES = {dtype: name for name, dtype in loading.PRECISIONS.items()}
 
 
@@ -94,11 +95,9 @@ def train(settings: Settings, screen: Screen | None = None, show_model: bool = F
     """
     screen = screen or default_screen()
     if settings.output:
-        RunFolder.refuse_taken(Path(settings.output))  # before the model is loaded; written is not before all processes have been here
+        RunFolder.refuse_taken(Path(settings.output))  # before the model is loaded; the folder is not made before all processes were here
     job = prepare(settings, screen, force)
     path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
-    if job.accelerator.is_main_process:
-        RunFolder.refuse_taken(path)
     if show_model:
         show_tree(job.model, screen)
     with encoding_beside(job, screen):
@@ -414,7 +413,7 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
 def _fall_back(asked: str, reason: str, screen: Screen) -> str:
     if asked == "trie":
         raise SettingError("training.layout=trie cannot be kept: " + reason + ".", next_step="Leave it at auto, or choose padded.")
-    screen.tell(f"Rows are padded side by side, shared prefixes are computed for each: {reason}.", style="yellow")
+    screen.pair("warning", "yellow", f"rows are padded side by side, which is right but takes longer: shared prefixes are computed for each. Why: {reason}.")
     return "padded"
 
 
@@ -526,12 +525,15 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
         RunFolder.refuse_taken(path)  # again, now that nobody else can take it
         try:
             yield run
-        except BaseException:
-            if not run.checkpoints() and not run.read_metrics():
+        except BaseException as end:
+            is_kept = bool(run.checkpoints() or run.read_metrics())
+            if not is_kept:
                 shutil.rmtree(path, ignore_errors=True)
                 if path.parent == Path("runs"):
                     with contextlib.suppress(OSError):  # if it is empty now
                         path.parent.rmdir()
+            if isinstance(end, KeyboardInterrupt):
+                raise Interrupted(f"Stopped at once. Go on: weitiao train {path} --resume" if is_kept else NOTHING_KEPT, signal.SIGINT) from None
             raise
 
 
@@ -627,7 +629,7 @@ def restore(training: Training, checkpoint: Checkpoint, run: RunFolder, screen: 
 
 def how_it_stopped(run: RunFolder, training: Training) -> str:
     if not training.step:
-        return "Stopped before the first step was done; nothing is kept."
+        return NOTHING_KEPT
     kept = "" if training.saved_step == training.step else ", which could not be saved; the checkpoint before it stands"
     return f"Stopped after step {training.step} of {training.schedule.steps}{kept}. Go on: weitiao train {run.path} --resume"
 
@@ -668,7 +670,8 @@ def planned_and_measured(job: Job) -> str:
     if not (planned := job.planned):
         return f"{format_bytes(found)} ({part})"
     kept = f" and up to {format_bytes(planned.kept)} that the allocator keeps" if planned.kept else ""
-    return f"{format_bytes(planned.peak)} planned{kept}, {format_bytes(found)} measured ({part})"
+    before = f", beside {format_bytes(job.meter.before)} that were taken before" if job.meter.before else ""
+    return f"{format_bytes(planned.peak)} planned{kept}; {format_bytes(found)} measured ({part}){before}"
 
 
 def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, screen: Screen) -> None:

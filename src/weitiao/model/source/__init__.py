@@ -26,7 +26,7 @@ from pathlib import Path
 from weitiao.errors import SourceError, nearest
 from weitiao.model.source.cache import trouble_with_storage
 from weitiao.model.source.hub import CANONICAL, HUB_PREFIXES, from_hub, from_modelscope
-from weitiao.model.source.path import is_folder, is_path, from_file, from_folder
+from weitiao.model.source.path import from_file, from_folder, is_folder, is_path, refuse_absent
 from weitiao.model.source.request import ID, SMALL, Notify, Request
 from weitiao.model.source.wheel import EMBEDDED, from_embedded, from_pypi
 from weitiao.settings.model import ModelSettings
@@ -61,9 +61,7 @@ def resolve(
     Raises:
         SourceError: the model isn't there, isn't whole, or cannot be fetched.
     """
-    kind = next((kind for kind in KINDS if kind.takes(name)), None)
-    if kind is None:
-        raise _unknown(name)
+    kind = _kind_of(name)
     if revision is not None and not kind.has_revisions:
         raise SourceError(
             f"The model {name!r} was given with the revision {revision!r}.",
@@ -76,6 +74,23 @@ def resolve(
         if trouble := trouble_with_storage(str(error)):
             raise trouble from error
         raise
+
+
+def refuse_unknown(name: str) -> None:
+    """What needs neither network nor weights to be told.
+
+    Raises:
+        SourceError: `name` is of no kind, or a path with nothing there.
+    """
+    if _kind_of(name).bring is from_file:
+        refuse_absent(name)
+
+
+def _kind_of(name: str) -> Kind:
+    kind = next((kind for kind in KINDS if kind.takes(name)), None)
+    if kind is None:
+        raise _unknown(name)
+    return kind
 
 
 def _unknown(name: str) -> SourceError:

@@ -37,9 +37,8 @@ def from_folder(request: Request) -> Path:
 
 def from_file(request: Request) -> Path:
     """A .gguf file is converted into the cache, under the fingerprint of its content."""
+    refuse_absent(request.name)
     path = _path(request.name).absolute()
-    if not path.is_file():
-        raise _no_such_path(request.name)
     if path.suffix.lower() != ".gguf":
         raise SourceError(
             f"{path} is one file of a model.",
@@ -48,6 +47,11 @@ def from_file(request: Request) -> Path:
         )
     key = f"gguf-{plain(path.stem)}-{fingerprint(path)}"
     return converted(key, lambda staging: from_gguf(path, staging, path.name, request.notify), request.notify)
+
+
+def refuse_absent(name: str) -> None:
+    if not _path(name).is_file():
+        raise _no_such_path(name)
 
 
 def _no_such_path(name: str) -> SourceError:

@@ -1,0 +1,31 @@
+"""A source of rows -> nothing, or the mistake that its name or a short file gives away.
+
+So a mistyped path is told before a model is looked for and libraries are imported, which takes seconds. What is long, or lies on
+a hub, is left to those who read it.
+"""
+
+from __future__ import annotations
+
+from weitiao.data.formats import detect
+from weitiao.data.rows import local_files, read_rows
+from weitiao.settings.data import DataSettings, Source
+
+SHORT = 1 << 20  # bytes, which take some ten milliseconds to read
+
+
+def glance(source: Source, settings: DataSettings, read: bool = False) -> None:
+    """
+    Args:
+        read: read short files too, every row of them. What tells all broken rows at once does without.
+
+    Raises:
+        SourceError: there is no such source.
+        RowError: one of its rows is broken, there are none, or no format knows their columns.
+    """
+    here = local_files(source.path, source.split)
+    if here is None or "saved" in here.kinds or not read or sum(file.stat().st_size for file in here.files) > SHORT:
+        return
+    rows = read_rows(source.path, split=source.split)
+    detect(rows, settings)
+    for _ in rows:  # the others: is one of them broken?
+        pass
