@@ -68,14 +68,27 @@ class Screen:
     def progress(self, items: Iterable, what: str) -> Iterator:
         """Items, with a bar; without an end in sight where nobody knows how many there are."""
         total = len(items) if hasattr(items, "__len__") else None
-        if not self.live or total in (0, 1):
+        if total in (0, 1):
             yield from items
+            return
+        if not self.live:
+            yield from self._progress_by_lines(items, what, total)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as bar:
             yield from bar.track(items, total, description=what)
+
+    def _progress_by_lines(self, items: Iterable, what: str, total: int | None) -> Iterator:
+        """`what: 32 of 60, 12 s left`, as soon and as often as it takes long."""
+        started = last_line = time.monotonic()
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if now - last_line >= PLAIN_LINE_EVERY:
+                last_line = now
+                self.tell(f"{what}: {done:,}" + (f" of {total:,}, {duration((now - started) / done * (total - done))} left" if total and done else ""))
+            yield item
 
     def meter(self, what: str, total: int | None) -> Meter:
         """Progress over rows whose number nobody knows before; total: bytes of their files, where that is known."""

@@ -281,7 +281,7 @@ def test_more_than_5_percent_of_bad_rows_are_refused(load_rows, refusal):
 
 def test_unknown_columns_are_refused_with_file_and_row(refusal):
     message = refusal([{"指示": "1", "输出": "2"}])
-    assert message.startswith("rows.jsonl:1 has the columns 指示, 输出.\nExpected columns of one of these formats.")
+    assert message.startswith("rows.jsonl:1 has the columns 指示, 输出.\nExpected columns of one of these formats:\n")
 
 
 def test_reasons_are_told_a_line_each_the_commonest_first():

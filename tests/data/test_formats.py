@@ -178,15 +178,19 @@ def test_unknown_columns_are_refused_with_file_and_row():
         detect([Row({"指示": "q", "输出": "a"}, "rows.jsonl", 4)], settings())
     assert str(caught.value) == (
         "rows.jsonl:4 has the columns 指示, 输出.\n"
-        "Expected columns of one of these formats. messages: messages; sharegpt: conversations; instruction: instruction+output; "
-        "completion: completion+prompt or prompt+response or answer+question or query+response or input+output; label: label+text.\n"
-        "Rename them, or say which is which: data.columns='{instruction: …, output: …}'."
+        "Expected columns of one of these formats:\n"
+        "  messages     messages\n"
+        "  sharegpt     conversations\n"
+        "  instruction  instruction and output\n"
+        "  completion   completion and prompt, or prompt and response, or answer and question, or query and response, or input and output\n"
+        "  label        label and text\n"
+        "Rename them, or say which is which, such as data.columns='{instruction: 指示, output: 输出}'."
     )
 
 
 def test_columns_that_the_format_asked_for_lacks_are_refused():
     with pytest.raises(RowError, match=re.escape(
-        "rows.json, row 2 has the columns prompt, completion.\nExpected columns of one of these formats. messages: messages.\n"
+        "rows.json, row 2 has the columns prompt, completion.\nExpected columns of this format:\n  messages     messages\n"
     )):
         detect([Row({"prompt": "q", "completion": "a"}, "rows.json", 2)], settings(format="messages"))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import textwrap
 from dataclasses import dataclass
 
 from weitiao.errors import SettingError
@@ -132,7 +133,8 @@ def device_named(text: str) -> Device:
     if SIZE.fullmatch(text.strip()):
         size = parse_bytes(text)
         return Device("", size / GIB, int(LEFT_BY_DRIVER * size))
-    raise SettingError(f"{text!r} is no GPU that is known.", f"Expected one of {', '.join(DEVICES)}; or its memory, such as 24GB.",
+    known = textwrap.fill(", ".join(name.replace(" ", "\xa0") for name in DEVICES), 90, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    raise SettingError(f"{text!r} is no GPU that is known.", "Expected its memory, such as 24GB, or one of\n" + known.replace("\xa0", " "),
                        _nearest(text) or "Give its memory instead.")
 
 

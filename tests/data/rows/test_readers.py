@@ -39,7 +39,7 @@ def test_rows_before_a_broken_line_are_given_so_it_is_streamed():
 def test_a_broken_line_is_named_with_place_excerpt_reason_and_cure():
     write("rows.jsonl", lines(A) + "{'text': 'single quotes'}\n")
     assert refusal(RowError, "rows.jsonl") == (
-        "rows.jsonl:2, column 2, is not JSON (Expecting property name enclosed in double quotes): "
+        "rows.jsonl:2, column 2, is not JSON (a name in double quotes is missing): "
         "{'text': 'single quotes'}\n"
         "Expected JSON: double quotes around names and text, no comma after the last item.\n"
         "Mend or remove this row."

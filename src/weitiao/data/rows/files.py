@@ -78,6 +78,10 @@ def no_such_split(path: str, split: str, there: Sequence[str]) -> SourceError:
     )
 
 
+def _stem(name: str) -> str:
+    return name[: len(name) - len(suffix(name))]
+
+
 def _missing(path: str) -> SourceError:
     place = Path(path).expanduser()
     if "://" in path:
@@ -85,8 +89,9 @@ def _missing(path: str) -> SourceError:
     if not place.parent.is_dir():
         return SourceError(f"{path}: no such file; nor is there a folder {place.parent}.", "", "Check the path.")
     shown = (p for p in place.parent.iterdir() if not p.name.startswith("."))
-    siblings = sorted(p.name for p in shown if p.is_dir() or suffix(p.name))
-    holds = f"The folder holds: {', '.join(siblings[:8])}." if siblings else ""
-    cure = nearest(place.name, siblings) or "Check the path."
+    siblings = sorted(p.name for p in shown if _row_files(p.glob("*")) or suffix(p.name))
+    holds = f"The folder holds: {', '.join(siblings[:8])}{', …' if len(siblings) > 8 else ''}." if siblings else ""
+    stems = {_stem(name) for name in siblings if nearest(_stem(place.name), [_stem(name)])}  # .jsonl alone likens nothing
+    cure = nearest(place.name, [name for name in siblings if _stem(name) in stems]) or "Check the path."
     hub = f" For a data set on a hub write hub:{path}" if re.fullmatch(r"[A-Za-z0-9][\w./-]*", path) else ""
     return SourceError(f"{path}: no such file or folder.", holds, cure + ("" if suffix(path) else hub))

@@ -122,7 +122,7 @@ def _parse(text: str, file: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        reason, at = error.msg, min(error.pos, len(text.rstrip()))  # a text that breaks off, breaks off on its last line
+        reason, at = JSON_REASONS.get(error.msg, error.msg), min(error.pos, len(text.rstrip()))  # a text that breaks off, breaks off on its last line
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 2,000 nested brackets
         reason, at = str(error), 0
     start = text.rfind("\n", 0, at) + 1
@@ -133,6 +133,22 @@ def _parse(text: str, file: str, line: int) -> Any:
         "Expected JSON: double quotes around names and text, no comma after the last item.",
         "Mend or remove this row." + _one_list_hint(text.lstrip()[:1] == "[", file, line),
     )
+
+
+# What Python's json says, in the words of who looks at the file.
+JSON_REASONS = {
+    "Invalid control character at": "a line end or tab inside a text: is its closing quote missing?",
+    "Unterminated string starting at": "a text that is not closed",
+    "Expecting value": "a value is missing",
+    "Expecting ',' delimiter": "a comma or a closing bracket is missing",
+    "Expecting ':' delimiter": "a colon is missing",
+    "Expecting property name enclosed in double quotes": "a name in double quotes is missing",
+    "Illegal trailing comma before end of object": "a comma after the last item",
+    "Illegal trailing comma before end of array": "a comma after the last item",
+    "Extra data": "there is more behind its end",
+    "Invalid \\escape": "a backslash that must be written twice",
+    "Invalid \\uXXXX escape": "a \\u without its four digits",
+}
 
 
 def _one_list_hint(is_list: bool, file: str, line: int) -> str:
