@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from weitiao import config
-from weitiao.errors import RunError
+from weitiao.errors import Interrupted, RunError
 from weitiao.train.folder import RunFolder, free_name, open_run, torn, write_text
 
 
@@ -148,3 +149,17 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
         write_text(file, "new")
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_new_run_that_is_ended_at_once_says_what_is_kept(tmp_path, steps):
+    from weitiao.train.train import claim
+
+    with pytest.raises(Interrupted) as told, claim(SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True)), tmp_path / "run") as run:
+        run.start(config.parse({"data": "rows.jsonl"}))
+        for step in range(steps):
+            run.append_metrics({"step": step + 1, "loss": 1.0})
+        raise KeyboardInterrupt
+    kept = f"Stopped at once. Go on: weitiao train {tmp_path / 'run'} --resume"
+    assert str(told.value) == (kept if steps else "Stopped before the first step was done; nothing is kept.") and told.value.exit_code == 130
+    assert (tmp_path / "run").exists() == bool(steps)

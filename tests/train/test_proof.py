@@ -51,7 +51,7 @@ def test_a_planted_leak_is_caught(branching):
     proof = prove(model, branching, torch.float32)
     assert not proof.passed
     assert proof.leak_max > 1e-4
-    assert "leak_max" in proof.reason
+    assert proof.reason.startswith("tokens of other rows move hidden states by 0.00")
 
 
 def test_a_leak_is_caught_where_there_is_one_row_alone(branching):
@@ -83,7 +83,7 @@ def test_a_wrong_gradient_alone_is_caught(branching):
 
     weight.register_hook(spoil)
     proof = prove(model, branching, torch.float32)
-    assert not proof.passed and "grad_rel_max" in proof.reason
+    assert not proof.passed and proof.reason.startswith("gradients differ from plain rows' by")
 
 
 def test_adapters_are_moved_for_the_proof_and_put_back(branching):
