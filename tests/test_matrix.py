@@ -10,7 +10,7 @@ from conftest import tiny_model
 from train.test_loop import losses, make_rows, training
 
 from weitiao import config
-from weitiao.data.batch import padded_batch, trie_batch
+from weitiao.data.batch import learned_batch, padded_batch
 from weitiao.errors import RunError
 from weitiao.model.load import trie_obstacle
 from weitiao.model.methods import METHODS
@@ -130,7 +130,7 @@ def test_one_batch_gives_the_gradients_of_its_rows(variant, architecture, tokeni
     model, _ = tuned(variant, architecture, tokenizer)
     model = model.double()
     by_rows = gradients(model, [padded_batch([row], 0) for row in branching])
-    batch = padded_batch(branching, 0) if trie_obstacle(model) else trie_batch(build(branching))
+    batch = padded_batch(branching, 0) if trie_obstacle(model) else learned_batch(build(branching))
     together = gradients(model, [batch])
     assert together[0] == pytest.approx(by_rows[0], rel=1e-9)
     assert difference(together[1], by_rows[1]) < 2e-6  # norms compute in float32
@@ -140,7 +140,7 @@ def test_one_batch_gives_the_gradients_of_its_rows(variant, architecture, tokeni
 @cells
 def test_checkpointing_changes_no_gradient(variant, architecture, tokenizer, branching):
     model, _ = tuned(variant, architecture, tokenizer)
-    batches = [padded_batch(branching, 0)] + ([] if trie_obstacle(model) else [trie_batch(build(branching))])
+    batches = [padded_batch(branching, 0)] + ([] if trie_obstacle(model) else [learned_batch(build(branching))])
     for batch in batches:
         model, _ = tuned(variant, architecture, tokenizer)
         without = gradients(model, [batch])
@@ -168,7 +168,7 @@ def counted_layers(model):
 @cells
 def test_bf16_is_fp32_within_its_rounding(variant, architecture, tokenizer, branching):
     exact, _ = tuned(variant, architecture, tokenizer)
-    batch = padded_batch(branching, 0) if trie_obstacle(exact) else trie_batch(build(branching))
+    batch = padded_batch(branching, 0) if trie_obstacle(exact) else learned_batch(build(branching))
     frozen_base = variant not in ("full", "full-last")
     half, _ = tuned(variant, architecture, tokenizer, torch.bfloat16 if frozen_base else torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -74,6 +74,28 @@ def test_the_order_of_rows_does_not_matter(branching):
         assert np.array_equal(getattr(forward, name), getattr(backward, name))
 
 
+def test_what_is_needed_stands_above_something_learned(branching):
+    A, B, C, d, e, f, g = range(10, 17)
+    rows = [example([A, B, C, d], 3, 0), example([A, B, C, e, f], 3, 1), example([A, B, g, g, g], 2, 2)]
+    rows[2].weights[3:] = 0  # what follows the last learned token
+    assert (one := build(rows)).needed().tolist() == [t in (A, B, C, e) for t in one.token.tolist()]
+    assert build([example([A, B], 2)]).needed().tolist() == [False, False]  # nothing is learned
+    trie = build(branching)
+    below = [[k for k in range(len(trie)) if k != i and trie.sees()[k, i]] for i in range(len(trie))]
+    assert trie.needed().tolist() == [any(trie.weight[k] > 0 for k in under) for under in below]
+    assert trie.needed()[trie.parent[trie.edges()]].all() and 0 < trie.needed().sum() < len(trie)
+
+
+def test_some_of_the_nodes_see_of_each_other_what_they_saw(branching):
+    trie = build(branching)
+    kept = trie.needed()
+    some = trie.of(kept)
+    assert (some.sees() == trie.sees()[kept][:, kept]).all()
+    assert (some.token == trie.token[kept]).all() and (some.depth == trie.depth[kept]).all() and (some.weight == trie.weight[kept]).all()
+    assert [some.token[p] if p >= 0 else -1 for p in some.parent] == [trie.token[p] if p >= 0 else -1 for p in trie.parent[kept]]
+    assert some.segments()[-1].end == len(some)
+
+
 def test_random_rows_against_a_dictionary_of_prefixes():
     rng = np.random.default_rng(1)
     for _ in range(30):

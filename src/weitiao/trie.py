@@ -15,6 +15,7 @@ A node sees its ancestors and itself:  sees(q, k) = k <= q < subtree_end[k].  Pl
 everywhere), packed documents and shared prefixes are this one rule.
 
 A target belongs to an edge: parent[i] predicts token[i] with weight[i].  loss = sum(weight * nll) / sum(weight).
+So a node below which nothing is learned need not be computed, a row's last token (d, f) first of all: it is a target alone.
 """
 
 from __future__ import annotations
@@ -86,6 +87,17 @@ class Trie:
         starts = np.flatnonzero(starts_here)
         ends = np.append(starts[1:], len(self))
         return [Segment(int(s), int(e), int(self.subtree_end[s])) for s, e in zip(starts, ends, strict=True)]
+
+    def needed(self) -> np.ndarray:
+        """bool [T]: is something learned below this node? If so, then below its ancestors too."""
+        learned = np.append(0, np.cumsum(self.weight > 0))
+        return learned[self.subtree_end] > learned[1:]
+
+    def of(self, nodes: np.ndarray) -> Trie:
+        """Some of the nodes, bool [T], the ancestors of each among them."""
+        before = np.append(0, np.cumsum(nodes))  # how many of them stand before each place
+        parent = self.parent[nodes]
+        return Trie(self.token[nodes], np.where(parent < 0, -1, before[parent]), self.depth[nodes], before[self.subtree_end[nodes]], self.weight[nodes])
 
     def edges(self) -> np.ndarray:
         """int64 [E]: the nodes whose token is learned, in order. The predicting node of edge e is parent[e]."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import example, tiny_model
 
-from weitiao.data.batch import padded_batch, trie_batch
+from weitiao.data.batch import learned_batch, padded_batch, trie_batch
 from weitiao.data.packing import padded_passes, trie_passes
 from weitiao.train.loss import CHUNK, edge_loss, edge_nll, learn_on_tries, summed_loss
 from weitiao.trie import build
@@ -39,9 +39,10 @@ def in_float64(name: str, **more):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("budget", [10_000, 25])
-def test_trie_equals_rows_one_by_one(name, budget, branching):
+@pytest.mark.parametrize("batch_of", [trie_batch, learned_batch])
+def test_trie_equals_rows_one_by_one(name, batch_of, budget, branching):
     model = in_float64(name)
-    loss, ours = gradients(model, [trie_batch(trie) for trie in trie_passes(branching, budget)])
+    loss, ours = gradients(model, [batch_of(trie) for trie in trie_passes(branching, budget)])
     expected, theirs = gradients(model, [padded_batch([row], pad_id=0) for row in branching])
     assert loss == pytest.approx(expected, rel=1e-7)
     # transformers computes norms and softmax in float32 in most families, so 1e-7 is what rounding leaves of 1e-16

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import example, tiny_model
 
-from weitiao.data.batch import padded_batch, trie_batch
+from weitiao.data.batch import learned_batch, padded_batch
 from weitiao.model.methods import METHODS
 from weitiao.settings.methods import LoraSettings
 from weitiao.train import proof
@@ -126,10 +126,10 @@ def test_doubled_weights_are_caught(branching, monkeypatch):
     from weitiao.train import proof as module
 
     def doubled(trie, device="cpu"):
-        batch = trie_batch(trie, device)
+        batch = learned_batch(trie, device)
         return batch | {"trie": replace(batch["trie"], weights=2 * batch["trie"].weights)}
 
-    monkeypatch.setattr(module, "trie_batch", doubled)
+    monkeypatch.setattr(module, "learned_batch", doubled)
     proof = prove(taught(), branching, torch.float32)
     assert not proof.passed and proof.grad_rel_max > 0.5
 

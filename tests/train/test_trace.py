@@ -13,7 +13,7 @@ from weitiao.config import parse
 from weitiao.model.methods import METHODS
 from weitiao.train import trace as tracing
 from weitiao.train.trace import TERMS, Case, as_two_segments, attention_flops, segments_of, trace
-from weitiao.trie import Example, Segment
+from weitiao.trie import Example, Segment, build
 
 
 def rows(count: int = 6, shared: int = 20, own: int = 12) -> list[Example]:
@@ -87,7 +87,6 @@ def test_a_traced_step_keeps_what_a_real_one_keeps():
     from weitiao.model import fused
     from weitiao.model import load as loading
     from weitiao.train.loss import learn_on_tries
-    from weitiao.trie import build
 
     made = case("llama", layers=4, method="full")
     from transformers import AutoModelForCausalLM
@@ -158,7 +157,6 @@ def test_a_state_in_8_bits_takes_less():
 
 def test_two_segments_stand_for_many():
     from weitiao.data.batch import trie_batch
-    from weitiao.trie import build
 
     plan = trie_batch(build(rows()))["trie"]
     assert len(plan.segments) == 7
@@ -166,10 +164,10 @@ def test_two_segments_stand_for_many():
 
 
 def test_attention_is_counted_by_the_pairs_that_see_each_other():
-    """4 d for each pair of a query and a key; 20 shared tokens, 6 x 12 behind them."""
+    """4 d for each pair of a query and a key; 20 shared tokens, 6 x 12 behind them, of which the last are not computed."""
     config = tiny_config("llama")
     width = config.hidden_size // config.num_attention_heads
-    pairs = 20 * 21 / 2 + 20 * 72 + 6 * 12 * 13 / 2
+    pairs = 20 * 21 / 2 + 20 * 66 + 6 * 11 * 12 / 2
     assert attention_flops(config, segments_of(rows())) == 4 * width * config.num_attention_heads * config.num_hidden_layers * pairs
 
 
@@ -179,7 +177,8 @@ def test_the_work_of_a_step_is_that_of_its_products():
     model, _ = tracing.build_model(made, 4)
     linears = sum(m.weight.numel() for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name)
     head = model.get_output_embeddings().weight.numel()
-    assert trace(made, rows()).work.flops == pytest.approx(6 * (linears * 92 + head * 72), rel=0.03)
+    nodes = int(build(rows()).needed().sum())
+    assert trace(made, rows()).work.flops == pytest.approx(6 * (linears * nodes + head * 72), rel=0.03)
 
 
 STEPPED = {

@@ -66,19 +66,30 @@ def trie_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]
     The attention mask is a token of the kind "already made": transformers leaves a 4-D mask alone, so no T x T mask
     is ever built, and our attention reads the plan instead.
     """
+    return _batch(trie, trie, np.arange(len(trie)), device)
+
+
+def learned_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The same loss and gradients without the nodes that nothing learned asks for: T is trie.needed().sum()."""
+    needed = trie.needed()
+    return _batch(trie, trie.of(needed), np.cumsum(needed) - 1, device)
+
+
+def _batch(trie: Trie, computed: Trie, place: np.ndarray, device: torch.device | str) -> dict[str, Any]:
+    """computed: the nodes that the model sees; place: int64 [T], where each of the trie's that predicts stands among them."""
     edges = trie.edges()
     plan = Plan(
-        segments=trie.segments(),
-        subtree_end=_tensor(trie.subtree_end, device),
-        depth=_tensor(trie.depth, device),
-        parent=_tensor(trie.parent, device),
-        longest=int(trie.depth.max()) + 1,
-        predictors=_tensor(trie.parent[edges], device),
+        segments=computed.segments(),
+        subtree_end=_tensor(computed.subtree_end, device),
+        depth=_tensor(computed.depth, device),
+        parent=_tensor(computed.parent, device),
+        longest=int(computed.depth.max()) + 1,
+        predictors=_tensor(place[trie.parent[edges]], device),
         targets=_tensor(trie.token[edges], device),
         weights=_tensor(trie.weight[edges], device),
     )
     return {
-        "input_ids": _tensor(trie.token[None], device),
+        "input_ids": _tensor(computed.token[None], device),
         "position_ids": plan.depth[None],
         "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
         "trie": plan,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from weitiao import metrics
-from weitiao.data.batch import padded_batch, trie_batch
+from weitiao.data.batch import learned_batch, padded_batch
 from weitiao.data.labels import Labels, prompt_of
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
 from weitiao.data.stored import TrainingRow
@@ -38,7 +38,7 @@ def make_passes(
 ) -> list[dict[str, Any]]:
     """Batches of one step: tries, or padded rows. What a pass weighs is in the batch."""
     if layout == "trie":
-        return [trie_batch(trie, device) for trie in trie_passes(examples, budget - virtual_tokens)]
+        return [learned_batch(trie, device) for trie in trie_passes(examples, budget - virtual_tokens)]
     return [padded_batch(rows, pad_id, device) for rows in padded_passes(examples, budget, virtual_tokens)]
 
 
@@ -54,7 +54,7 @@ def mean_loss(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     with measuring(model), autocast():
         for one in progress(passes[rank::world], "Measuring"):
-            batch = trie_batch(one, device) if layout == "trie" else padded_batch(one, pad_id, device)
+            batch = learned_batch(one, device) if layout == "trie" else padded_batch(one, pad_id, device)
             weights = batch["trie"].weights if layout == "trie" else batch["weights"]
             totals += torch.stack([summed_loss(model, batch).double(), weights.double().sum()])
     loss, weight = reduce(totals).tolist()
@@ -97,7 +97,7 @@ def _nll_by_trie(model: torch.nn.Module, rows: Sequence[Example], device: Any) -
     """float64 [rows]"""
     trie, paths = build_with_paths(rows)
     by_node = torch.zeros(len(trie), dtype=torch.float64, device=device)
-    by_node[torch.from_numpy(trie.edges())] = model(**trie_batch(trie, device), per_edge=True).double()
+    by_node[torch.from_numpy(trie.edges())] = model(**learned_batch(trie, device), per_edge=True).double()
     return torch.stack([by_node[torch.from_numpy(path[row.weights > 0])].sum() for row, path in zip(rows, paths, strict=True)])
 
 

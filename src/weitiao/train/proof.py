@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from weitiao.data.batch import padded_batch, trie_batch
+from weitiao.data.batch import learned_batch, padded_batch, trie_batch
 from weitiao.model.attention import TrieUnsupported
 from weitiao.model.load import is_mixed
 from weitiao.model.quantize import exact_products
@@ -76,7 +76,7 @@ def prove(
     examples = picked(shortened(examples) if frugal else examples, most_tokens)
     few = build(examples[:LEAK_ROWS])
     trie = build(examples)
-    facts = {"rows": len(examples), "nodes": len(trie), "row_tokens": sum(len(e) for e in examples)}
+    facts = {"rows": len(examples), "nodes": int(trie.needed().sum()), "row_tokens": sum(len(e) for e in examples)}
     dtype = str(compute).removeprefix("torch.")
     tolerances = _tolerances(model, compute)
     autocast = torch.autocast(torch.device(device).type, dtype=compute, enabled=is_mixed(model, compute))
@@ -139,7 +139,7 @@ def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, s
     """(nll_max, grad_rel_max)."""
     nll_max = _nll_difference(model, trie, examples, device)
     weight = sum(float(e.weights.sum()) for e in examples)
-    by_trie = {name: g.clone() for name, g in gradients(model, [trie_batch(trie, device)], weight, scale)}
+    by_trie = {name: g.clone() for name, g in gradients(model, [learned_batch(trie, device)], weight, scale)}
     rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
     return nll_max, _worst(by_trie, gradients(model, rows, weight, scale))
 
@@ -212,7 +212,7 @@ def _norm(values: torch.Tensor) -> float:
 def _nll_difference(model, trie: Trie, examples: Sequence[Example], device: str) -> float:
     """Every learned edge of every row: looked up in the trie, and computed by the original forward on the row alone."""
     with torch.no_grad():
-        by_edge = model(**trie_batch(trie, device), per_edge=True).double().cpu().numpy()
+        by_edge = model(**learned_batch(trie, device), per_edge=True).double().cpu().numpy()
     at = dict(zip(trie.edges().tolist(), by_edge.tolist(), strict=True))
     worst = 0.0
     for example in examples:

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from weitiao.config import Settings
-from weitiao.data.batch import Plan, padded_batch, trie_batch
+from weitiao.data.batch import Plan, learned_batch, padded_batch
 from weitiao.model import attention, flex, fused, offload, stream
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
@@ -309,7 +309,7 @@ def _quiet() -> Iterator[None]:
 def _batch(case: Case, rows: Sequence[Example]) -> dict[str, Any]:
     if case.layout != "trie":
         return padded_batch(rows, 0)
-    batch = trie_batch(build(rows))
+    batch = learned_batch(build(rows))
     if by_keys(case, batch["trie"].longest):
         batch["trie"] = as_two_segments(batch["trie"])
     return batch
@@ -354,7 +354,8 @@ def as_two_segments(plan: Plan) -> Plan:
 
 
 def segments_of(rows: Sequence[Example]) -> list[Segment]:
-    return build(rows).segments()
+    trie = build(rows)
+    return trie.of(trie.needed()).segments()
 
 
 def attention_flops(config: Any, segments: Sequence[Segment], prefix: int = 0) -> float:

@@ -506,7 +506,7 @@ def sharing(job: Job, schedule: Schedule | StreamedSchedule, most_steps: int = 1
     nodes = tokens = 0
     for step in range(1, steps + 1):
         examples = [e for i in schedule.rows_of(step) for e in job.rows[i].examples]
-        nodes += sum(len(trie) for trie in trie_passes(examples, 1 << 40))
+        nodes += sum(int(trie.needed().sum()) for trie in trie_passes(examples, 1 << 40))
         tokens += sum(len(e) for e in examples)
     return nodes, tokens, steps
 
