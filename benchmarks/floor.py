@@ -67,7 +67,8 @@ def shape_of(training: Any, number: int) -> Step:
 
     examples = [e for i in training.schedule.rows_of(number) for e in training.rows[i].examples]
     tries = trie_passes(examples, training.budget)
-    return Step(sum(map(len, tries)), sum(len(t.edges()) for t in tries), sum(int((t.depth + 1).sum()) for t in tries))
+    computed = [t.of(t.needed()) for t in tries]
+    return Step(sum(map(len, computed)), sum(len(t.edges()) for t in tries), sum(int((t.depth + 1).sum()) for t in computed))
 
 
 def needed(model: Any, step: Step) -> tuple[int, int]:

@@ -111,7 +111,8 @@ def test_with_rows_the_run_goes_on(weitiao, model_folder, rows_file, tmp_path): 
 
 
 def test_what_is_missing_is_told(weitiao, yuan2, tmp_path):  # noqa: F811
-    (tmp_path / "data.yaml").write_text(f"model: {yuan2}\ndata: nowhere.jsonl\n")
+    (tmp_path / "data.yaml").write_text(f"model: {yuan2}\ndata: rows.jsonl\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "What is it?", "completion": "It is it."}\n')
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5/config.json").write_text('{"model_type": "vit"}')
     for words, said in (
