@@ -71,9 +71,17 @@ def test_the_functions_alone_are_exact():
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     x, weight, bias, a, b = double(2, 5, 6), double(7, 6).detach(), double(7), double(3, 6), double(7, 3)
-    assert torch.autograd.gradcheck(lambda x, bias, a, b: fused.LoraLinear.apply(x, x, weight, bias, a, b, 0.7), (x, bias, a, b))
+    assert torch.autograd.gradcheck(lambda x, bias, a, b: fused.LoraLinears.apply(x, x, (0.7,), weight, bias, a, b), (x, bias, a, b))
     keep = (torch.rand(2, 5, 6) > 0.5) / 0.5
-    assert torch.autograd.gradcheck(lambda x, a, b: fused.LoraLinear.apply(x, x * keep, weight, None, a, b, 0.7), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: fused.LoraLinears.apply(x, x * keep, (0.7,), weight, None, a, b), (x, a, b))
+    other, bare, a2, b2 = double(4, 6).detach(), double(5, 6).detach(), double(2, 6), double(4, 2)
+    for order in ((0, 1, 2), (2, 1, 0)):
+        def three(x, bias, a, b, a2, b2):
+            linears = [(weight, bias, a, b), (bare, None, None, None), (other, None, a2, b2)]
+            scales = (0.7, 0.0, 1.3)
+            return fused.LoraLinears.apply(x, x, tuple(scales[i] for i in order), *(t for i in order for t in linears[i]))
+
+        assert torch.autograd.gradcheck(three, (x, bias, a, b, a2, b2))
     gate, up, down = (double(8, 6), double(2, 6), double(8, 2)), (double(8, 6), None, None), (double(6, 8), double(2, 8), double(6, 2))
     for kind in ("SiLU", "GELUTanh"):
         act = fused.ACTIVATIONS[kind]
@@ -158,3 +166,32 @@ def test_without_its_adapter_the_model_is_the_base():
     ids = torch.arange(5, 25)[None]
     with torch.no_grad(), model.disable_adapter():
         assert (model(ids).logits - base(ids).logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("targets", ["q_proj,k_proj,v_proj", "q_proj,v_proj", "v_proj", "up_proj", "gate_proj,up_proj,k_proj"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_linears_of_one_input_compute_together_what_they_computed_alone(targets, kind, monkeypatch):
+    monkeypatch.setitem(METHODS, "lora of some", [f"method.targets=[{targets}]"])
+    model = attached("lora of some", kind)
+    loss, gradients = loss_and_gradients(model)
+    calls = []
+    real = fused.OneInput.together
+    monkeypatch.setattr(fused.OneInput, "together", lambda self, x: calls.append(len(made := real(self, x))) or made)
+    fused.fuse(model)
+    again, ours = loss_and_gradients(model)
+    layers = model.config.num_hidden_layers
+    assert calls == ([3] * layers if "q_proj" in targets or "k_proj" in targets or "v_proj" in targets else [])
+    assert abs(again - loss) < 1e-6
+    for key, gradient in gradients.items():
+        assert (ours[key] - gradient).norm() <= 2e-6 * gradient.norm() + 1e-12, key
+
+
+def test_a_linear_that_is_called_with_another_input_computes_it():
+    model = attached("lora").eval()
+    fused.fuse(model)
+    attention = model.get_base_model().model.layers[0].self_attn
+    plain = attached("lora").eval().get_base_model().model.layers[0].self_attn
+    x, other = torch.randn(2, 1, 4, attention.config.hidden_size, dtype=torch.float64)
+    with torch.no_grad():
+        for name, given in (("q_proj", x), ("v_proj", other), ("v_proj", x), ("v_proj", x), ("k_proj", x), ("k_proj", other), ("q_proj", other)):
+            assert torch.allclose(getattr(attention, name)(given), getattr(plain, name)(given), rtol=1e-12), name

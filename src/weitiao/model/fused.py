@@ -5,6 +5,8 @@ update beside a product and their sum, an activation and what it is multiplied w
 function with its gradient written out, so that
 
     an update is added by the product itself          y = x W^T, then y += scale (x A^T) B^T in place
+    what has one input is computed together           queries, keys, values; gate and up: x A^T is one product for all their A,
+                                                      and the gradients of x are summed by the products
     nothing is copied to another type per linear      the input is cast once, A and B each time: they are small
     what is cheap is computed again, not kept         of an MLP its input, gate and up stay; of a norm its input
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +64,21 @@ def fuse(model: nn.Module) -> None:
             _put(module, _norm_forward)
         elif kind in ROTARY and type(module).__module__.startswith("transformers.models."):
             _rotate_by_ours(sys.modules[type(module).__module__])
+    for module in model.modules():  # now that their linears are what they will be
+        if type(module).__name__ in ROTARY:
+            _compute_together([module.q_proj, module.k_proj, module.v_proj])
 
 
 def _put(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
     if "forward" not in vars(module):  # something else has put its own there, and goes before
         module.forward = functools.partial(forward, module, module.forward)
+
+
+def _compute_together(linears: list[nn.Module]) -> None:
+    """Where one of them has LoRA, and none a forward that something else has put there."""
+    ours = [getattr(vars(linear).get("forward"), "func", None) for linear in linears]
+    if _lora_forward in ours and all(forward is _lora_forward or "forward" not in vars(linear) for linear, forward in zip(linears, ours)):
+        OneInput(linears)
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
@@ -137,42 +149,104 @@ def _lora_forward(module: nn.Module, original: Callable[..., Any], x: torch.Tens
         return original(x, *args, **kwargs)
     inputs, linear = cast
     (name,) = (name for name in module.active_adapters if name in module.lora_A)
-    return LoraLinear.apply(inputs, module.lora_dropout[name](inputs), *linear)
+    (out,) = LoraLinears.apply(inputs, module.lora_dropout[name](inputs), (linear.scale,), *linear[:4])
+    return out
 
 
-class LoraLinear(torch.autograd.Function):
-    """x weight^T + bias + scale (dropped a^T) b^T: x and dropped [..., in] -> [..., out]. The weight is frozen.
+class LoraLinears(torch.autograd.Function):
+    """y_i = x weight_i^T + bias_i + scale_i (dropped a_i^T) b_i^T: x and dropped [..., in] -> a [..., out_i] each. The weights are frozen.
 
-    dropped is x after dropout; the very same tensor where there is none.
+    dropped is x after dropout; the very same tensor where there is none. tensors: weight, bias, a and b of each linear, a and b of
+    one of them at least.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, a, b, scale):
-        out = F.linear(x, weight, bias)
-        inner = F.linear(dropped, a)
-        _rows(out).addmm_(_rows(inner), b.t(), alpha=scale)
-        ctx.save_for_backward(dropped, inner, weight, a, b)
-        ctx.scale, ctx.same = scale, dropped is x
-        return out
+    def forward(ctx, x, dropped, scales, *tensors):
+        linears = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+        outs = [F.linear(x, weight, bias) for weight, bias, _, _ in linears]
+        stacked, parts = _stack([a for _, _, a, _ in linears])
+        inner = _rows(dropped) @ stacked.t()
+        for out, part, scale, (_, _, _, b) in zip(outs, parts, scales, linears, strict=True):
+            if b is not None:
+                _rows(out).addmm_(inner[:, part], b.t(), alpha=scale)
+        ctx.save_for_backward(dropped, inner, stacked, *(weight for weight, _, _, _ in linears), *(b for _, _, _, b in linears))
+        ctx.scales, ctx.parts, ctx.same = scales, parts, dropped is x
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        dropped, inner, weight, a, b = ctx.saved_tensors
-        shape, grad = dropped.shape, _rows(grad)
-        d_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
-        d_inner = grad @ b
-        d_b = (grad.t() @ _rows(inner)).mul_(ctx.scale)
-        d_a = (d_inner.t() @ _rows(dropped)).mul_(ctx.scale)
+    def backward(ctx, *grads):
+        dropped, inner, stacked, *tensors = ctx.saved_tensors
+        weights, bs = tensors[: len(grads)], tensors[len(grads) :]
+        shape, grads, flat = dropped.shape, [_rows(grad) for grad in grads], _rows(dropped)
+        narrow = _narrow(grads, bs, ctx.scales)
+        d_stacked = narrow.t() @ flat
         d_x = d_dropped = None
         if ctx.needs_input_grad[0]:
-            d_x = grad @ weight
+            for grad, weight in zip(grads, weights, strict=True):
+                d_x = grad @ weight if d_x is None else d_x.addmm_(grad, weight)
             if ctx.same:
-                d_x.addmm_(d_inner, a, alpha=ctx.scale)
+                d_x.addmm_(narrow, stacked)
             d_x = d_x.view(shape)
         if ctx.needs_input_grad[1] and not ctx.same:
-            d_dropped = (d_inner @ a).mul_(ctx.scale).view(shape)
-        return d_x, d_dropped, None, d_bias, d_a, d_b, None
+            d_dropped = (narrow @ stacked).view(shape)
+        gradients: list[torch.Tensor | None] = []
+        for i, (grad, part, scale) in enumerate(zip(grads, ctx.parts, ctx.scales, strict=True)):
+            gradients += [None, grad.sum(0) if ctx.needs_input_grad[4 + 4 * i] else None]
+            gradients += [None, None] if part is None else [d_stacked[part], (grad.t() @ inner[:, part]).mul_(scale)]
+        return d_x, d_dropped, None, *gradients
+
+
+def _stack(matrices: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, list[slice | None]]:
+    """(those that are there below each other, where each stands): [rank_i, in] each -> [sum of ranks, in]"""
+    there, parts, ranks = [], [], 0
+    for matrix in matrices:
+        parts.append(None if matrix is None else slice(ranks, ranks + len(matrix)))
+        if matrix is not None:
+            there.append(matrix)
+            ranks += len(matrix)
+    return (torch.cat(there) if len(there) > 1 else there[0] if there else None), parts
+
+
+def _narrow(grads: Sequence[torch.Tensor], bs: Sequence[torch.Tensor | None], scales: Sequence[float]) -> torch.Tensor:
+    """scale_i grad_i b_i side by side, of those with a b: [N, out_i] -> [N, sum of ranks]"""
+    found = [(grad @ b).mul_(scale) for grad, b, scale in zip(grads, bs, scales, strict=True) if b is not None]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+class OneInput:
+    """Linears of one input (queries, keys, values), computed when the first of them is called; the others hand out what is there.
+
+    What is called with another tensor than the first was, or cannot be computed so, computes as it did.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.modules = modules
+        self.input: torch.Tensor | None = None
+        self.there: dict[int, torch.Tensor] = {}
+        for number, module in enumerate(modules):
+            module.forward = functools.partial(self.forward, number, module.forward)
+
+    def forward(self, number: int, original: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if number == 0:
+            self.input, self.there = x, {} if args or kwargs else self.together(x)
+        if x is not self.input or number not in self.there:
+            return original(x, *args, **kwargs)
+        out = self.there.pop(number)
+        if not self.there:
+            self.input = None
+        return out
+
+    def together(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        found = [parts(module) for module in self.modules]
+        if any(linear is None or linear.weight.requires_grad for linear in found) or all(linear.a is None for linear in found):
+            return {}
+        cast = [_in_type(linear, x) for linear in found]
+        if any(pair is None for pair in cast):
+            return {}
+        inputs = cast[0][0]
+        linears = [linear for _, linear in cast]
+        return dict(enumerate(LoraLinears.apply(inputs, inputs, tuple(linear.scale for linear in linears), *(t for linear in linears for t in linear[:4]))))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -205,40 +279,50 @@ class GatedMlp(torch.autograd.Function):
     def forward(ctx, x, act, scales, *weights):
         flat = _rows(x)
         (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
-        gate, gate_inner = _project(flat, wg, ag, bg, scales[0])
-        up, up_inner = _project(flat, wu, au, bu, scales[1])
-        inner = _activated(act, gate, up)
-        out, down_inner = _project(inner, wd, ad, bd, scales[2])
-        ctx.save_for_backward(flat, gate, up, gate_inner, up_inner, down_inner, *weights)
-        ctx.act, ctx.scales = act, scales
+        stacked, (of_gate, of_up) = _stack([ag, au])
+        inner = None if stacked is None else flat @ stacked.t()
+        gate, up = flat @ wg.t(), flat @ wu.t()
+        for out, part, b, scale in ((gate, of_gate, bg, scales[0]), (up, of_up, bu, scales[1])):
+            if part is not None:
+                out.addmm_(inner[:, part], b.t(), alpha=scale)
+        active = _activated(act, gate, up)
+        out = active @ wd.t()
+        down_inner = None
+        if ad is not None:
+            down_inner = active @ ad.t()
+            out.addmm_(down_inner, bd.t(), alpha=scales[2])
+        ctx.save_for_backward(flat, gate, up, stacked, inner, down_inner, *weights)
+        ctx.act, ctx.scales, ctx.parts = act, scales, (of_gate, of_up)
         return out.view(x.shape[:-1] + out.shape[-1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, gate, up, gate_inner, up_inner, down_inner, *weights = ctx.saved_tensors
-        (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
+        x, gate, up, stacked, inner, down_inner, *weights = ctx.saved_tensors
+        (wg, _, bg), (wu, _, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
         shape, grad = grad.shape, _rows(grad)
-        trains = [ctx.needs_input_grad[3 + 3 * i] for i in range(3)]
-        d_inner = grad @ wd
-        d_down = None if ad is None else grad @ bd
+        trained = [ctx.needs_input_grad[3 + 3 * i] for i in range(3)]
+        d_active = grad @ wd
+        d_down = None if ad is None else _narrow([grad], [bd], ctx.scales[2:])
         if ad is not None:
-            d_inner.addmm_(d_down, ad, alpha=ctx.scales[2])
-        inner, d_gate, d_up = _activated_back(ctx.act, d_inner, gate, up)
-        gradients = _weight_gradients(grad, inner, d_down, down_inner, ctx.scales[2], trains[2])
-        del inner
+            d_active.addmm_(d_down, ad)
+        active, d_gate, d_up = _activated_back(ctx.act, d_active, gate, up)
+        of_down = (grad.t() @ active if trained[2] else None, *_update_gradients(grad, active, d_down, down_inner, ctx.scales[2]))
+        del active
+        both = [d_gate, d_up]
+        narrow = None if stacked is None else _narrow(both, [bg, bu], ctx.scales[:2])
+        d_stacked = None if stacked is None else narrow.t() @ x
         d_x = None
-        both: list[tuple] = []
-        for d, weight, a, b, kept, scale, trained in (
-            (d_gate, wg, ag, bg, gate_inner, ctx.scales[0], trains[0]), (d_up, wu, au, bu, up_inner, ctx.scales[1], trains[1]),
-        ):
-            narrow = None if a is None else d @ b
-            both.append(_weight_gradients(d, x, narrow, kept, scale, trained))
-            if ctx.needs_input_grad[0]:
-                d_x = d @ weight if d_x is None else d_x.addmm_(d, weight)
-                if a is not None:
-                    d_x.addmm_(narrow, a, alpha=scale)
-        return d_x if d_x is None else d_x.view(shape[:-1] + x.shape[-1:]), None, None, *both[0], *both[1], *gradients
+        if ctx.needs_input_grad[0]:
+            d_x = (d_gate @ wg).addmm_(d_up, wu)
+            if stacked is not None:
+                d_x.addmm_(narrow, stacked)
+            d_x = d_x.view(shape[:-1] + x.shape[-1:])
+        of_both: list[torch.Tensor | None] = []
+        for d, part, scale, is_trained in zip(both, ctx.parts, ctx.scales[:2], trained[:2], strict=True):
+            of_both.append(d.t() @ x if is_trained else None)
+            of_both += [None, None] if part is None else [d_stacked[part], (d.t() @ inner[:, part]).mul_(scale)]
+        return d_x, None, None, *of_both, *of_down
 
 
 def _activated(act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -264,20 +348,9 @@ def _activated_back(act: Activation, d: torch.Tensor, gate: torch.Tensor, up: to
     return inner, d_gate, d
 
 
-def _project(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> tuple:
-    """(x weight^T + scale (x a^T) b^T, x a^T): x [N, in] -> [N, out], [N, rank] or None"""
-    out = x @ weight.t()
-    if a is None:
-        return out, None
-    inner = x @ a.t()
-    return out.addmm_(inner, b.t(), alpha=scale), inner
-
-
-def _weight_gradients(grad, x, narrow, inner, scale: float, trained: bool) -> tuple:
-    """(of the weight, of a, of b), None for what is not trained. narrow = grad b, inner = x a^T, [N, rank] each."""
-    if narrow is None:
-        return grad.t() @ x if trained else None, None, None
-    return None, (narrow.t() @ x).mul_(scale), (grad.t() @ inner).mul_(scale)
+def _update_gradients(grad, x, narrow, inner, scale: float) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(of a, of b), None where there are none. narrow = scale grad b, inner = x a^T, [N, rank] each."""
+    return (None, None) if narrow is None else (narrow.t() @ x, (grad.t() @ inner).mul_(scale))
 
 
 def _chunks(x: torch.Tensor) -> list[slice]:
