@@ -531,6 +531,26 @@ def test_prove_at_length_repeats_the_recorded_steps_to_the_bit(weitiao, finished
     assert "Proven." in out
 
 
+def test_answers_on_stdout_have_nothing_else_among_them(weitiao, finished, monkeypatch):
+    monkeypatch.setattr("weitiao.screen.PLAIN_LINE_EVERY", 0.0)
+    code, out, err = weitiao("generate", finished, "--prompt", "a b", "--prompt", "c d", "--max-new-tokens", 4)
+    assert code == 0 and "Answering: " in err and [json.loads(line)["prompt"] for line in out.splitlines()] == ["a b", "c d"]
+
+
+def test_prove_says_that_a_record_was_made_of_other_nodes_and_asks_for_rounding_alone(weitiao, finished, tmp_path):
+    """As by a version that computed rows' last tokens, too."""
+    run = tmp_path / "older"
+    shutil.copytree(finished, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "nodes" in line:
+            line |= {"nodes": line["nodes"] + 3, "loss": line["loss"] + 1e-6}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = weitiao("prove", run, "--batches", 1, "--steps", 2)
+    assert code == 0 and "made of other nodes then" in out and "Proven." in out, err
+    assert json.loads((run / "proof-long.json").read_text())["repeated"]["same_nodes"] is False
+
+
 def test_the_best_checkpoint_by_a_metric_is_the_one_published(weitiao, model_folder, tmp_path):
     rows = [{"prompt": f"{a}?", "completion": json.dumps({"a": a % 2})} for a in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

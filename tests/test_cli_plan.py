@@ -46,6 +46,24 @@ def test_made_up_rows_take_the_place_of_a_files(plan, tmp_path):
     assert "2 made-up rows of 16 tokens" in out
 
 
+@pytest.mark.parametrize("data", ["rows/that-are-elsewhere", "{path: elsewhere.jsonl, split: test}", "{train: none, eval: elsewhere.jsonl}"])
+def test_rows_that_are_not_read_need_not_be_here(plan, tmp_path, data):
+    (tmp_path / "run.yaml").write_text(f"data: {data}\n")
+    words = () if "none" in data else ("--tokens", 16)
+    out, _ = plan("run.yaml", "--gpu", "8GB", *words, "--rows", 2)
+    assert "2 made-up rows" in out
+
+
+def test_a_well_known_model_goes_by_any_of_its_names(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, found in (("qwen2.5-0.5b-instruct", None), ("qwen2.5-0.5-instruct", "Did you mean 'Qwen/Qwen2.5-0.5B-Instruct'")):
+        monkeypatch.setattr("sys.argv", ["weitiao", "plan", "--model", name, "--gpu", "24GB", "--tokens", "16", "--rows", "2"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        assert (stop.value.code or 0) == (2 if found else 0) and (found or "made-up rows") in (err if found else out), (out, err)
+
+
 @pytest.mark.parametrize("size", ["100MB", "0.5 GiB"])
 def test_a_size_that_leaves_nothing_is_refused(plan, size):
     out, err = plan("--memory", size, code=2)

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weitiao.config import Settings
+    from weitiao.settings.data import Source
 
 app = typer.Typer(
     help="weitiao (微调): fine-tune Hugging Face causal language models. Start with `weitiao demo`.",
@@ -77,12 +80,12 @@ def train(
     given = {"model.name": model, "data.train": data or None, "output": output}
     values = config.gather(first, words, **given)
     without_rows = show_model and not config.names_rows(values)
-    settings = config.parse(values | {"data": {**(values.get("data") or {}), "train": "none"}} if without_rows else values)
-    refuse_at_a_glance(settings, names_rows=not without_rows, read=True)
+    settings = config.parse(config.without_rows(values) if without_rows else values)
+    refuse_at_a_glance(settings, [] if without_rows else [*settings.data.train, *settings.data.eval], read=True)
     from weitiao.screen import quiet_libraries
     from weitiao.train.folder import RunFolder
 
-    if settings.output and not without_rows:
+    if settings.output and not without_rows:  # again in training.train, for whoever calls that
         RunFolder.refuse_taken(Path(settings.output))
     quiet_libraries()
     if without_rows:
@@ -117,7 +120,7 @@ def check(
     words = join_options(words)
     first = words.pop(0) if words and "=" not in words[0] else None
     settings = config.read(first, words, **{"model.name": model, "data.train": [*files, *(data or [])] or None})
-    refuse_at_a_glance(settings)
+    refuse_at_a_glance(settings, [*settings.data.train, *settings.data.eval])
     if ids and not show:
         raise SettingError("--ids says how rows are shown, and none are.", "Expected --show N beside it.", "On a page (--html), a box shows the ids.")
     from weitiao.screen import Screen, quiet_libraries
@@ -167,9 +170,9 @@ def plan(
         raise SettingError("--tokens and --rows make rows up, and rows are named too.", "Expected the one or the other.",
                            "Leave --tokens and --rows out, or the rows.")
     if made_up or not config.names_rows(values):
-        values |= {"data": {**(values.get("data") or {}), "train": "none"}}
+        values = config.without_rows(values)
     settings = config.parse(values)
-    refuse_at_a_glance(settings, names_rows=values["data"].get("train") != "none" if isinstance(values["data"], dict) else True)
+    refuse_at_a_glance(settings, [source for source in settings.data.train if source.path != config.NO_ROWS], any_model=True)
     from weitiao.screen import Screen, quiet_libraries
 
     quiet_libraries()
@@ -183,14 +186,17 @@ def plan(
     raise typer.Exit(0 if planned.fits else 2)
 
 
-def refuse_at_a_glance(settings: Settings, names_rows: bool = True, read: bool = False) -> None:
-    """What can be told before torch is imported, which takes seconds: a name that is none, rows that are not there. read: few rows whole."""
-    from weitiao.data.glance import glance
-    from weitiao.model.source import refuse_unknown
+def refuse_at_a_glance(settings: Settings, sources: Sequence[Source], read: bool = False, any_model: bool = False) -> None:
+    """What can be told before torch is imported, which takes seconds: a name that is none, rows that are not there.
 
-    for source in (*settings.data.train, *settings.data.eval) if names_rows else settings.data.eval:
+    read: few rows whole. any_model: one that is well known will do, under any of its names.
+    """
+    from weitiao.data.glance import glance
+    from weitiao.model.source import refuse_missing_path, refuse_unknown
+
+    for source in sources:
         glance(source, settings.data, read)
-    refuse_unknown(settings.model.name)
+    (refuse_missing_path if any_model else refuse_unknown)(settings.model.name)
 
 
 def leave() -> None:
@@ -362,9 +368,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # typer ends so, in silence, on Ctrl-C
-            in_training = sys.argv[1:2] == ["train"]
-            where = " Go on with the same command." if "--resume" in sys.argv else " No run was begun." if in_training else ""
-            typer.echo(f"\nStopped.{where}", err=True)
+            typer.echo("\nStopped.", err=True)
         raise
     except WeitiaoError as mistake:
         from weitiao.screen import error

@@ -30,6 +30,7 @@ from weitiao.settings.model import ModelSettings
 from weitiao.settings.results import EvaluationSettings, SamplesSettings, SavingSettings
 from weitiao.settings.training import OTHER_RATES, TrainingSettings, first_rate
 
+NO_ROWS = "none"  # data.train where none are named
 LEAST_HALF_EPSILON = 1e-4  # 1e-6 still makes every weight NaN in a step or two; tiny Bloom and Llama, all weights trained
 
 
@@ -183,6 +184,13 @@ def names_rows(values: Mapping[str, Any]) -> bool:
     """Do these settings say what to learn from?"""
     data = values.get("data")
     return bool(data) and (not isinstance(data, Mapping) or bool({"train", "path"} & set(data)))
+
+
+def without_rows(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings about no rows in particular."""
+    data = values.get("data")
+    others = {k: v for k, v in data.items() if k in DataSettings.model_fields or k not in Source.model_fields} if isinstance(data, Mapping) else {}
+    return {**values, "data": others | {"train": NO_ROWS}}
 
 
 def parse(values: Mapping[str, Any]) -> Settings:

@@ -81,13 +81,14 @@ class Screen:
             yield from bar.track(items, total, description=what)
 
     def _progress_by_lines(self, items: Iterable, what: str, total: int | None) -> Iterator:
-        """`what: 32 of 60, 12 s left`, as soon and as often as it takes long."""
+        """`what: 32 of 60, 12 s left`, as soon and as often as it takes long; on stderr, since stdout may be a file of answers."""
         started = last_line = time.monotonic()
         for done, item in enumerate(items):
             now = time.monotonic()
-            if now - last_line >= PLAIN_LINE_EVERY:
+            if now - last_line >= PLAIN_LINE_EVERY and not self.quiet:
                 last_line = now
-                self.tell(f"{what}: {done:,}" + (f" of {total:,}, {duration((now - started) / done * (total - done))} left" if total and done else ""))
+                left = f" of {total:,}, {duration((now - started) / done * (total - done))} left" if total and done else ""
+                print(f"{what}: {done:,}{left}", file=sys.stderr, flush=True)
             yield item
 
     def meter(self, what: str, total: int | None) -> Meter:

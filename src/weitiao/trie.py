@@ -93,6 +93,11 @@ class Trie:
         learned = np.append(0, np.cumsum(self.weight > 0))
         return learned[self.subtree_end] > learned[1:]
 
+    @property
+    def computed(self) -> int:
+        """How many nodes that is."""
+        return int(self.needed().sum())
+
     def of(self, nodes: np.ndarray) -> Trie:
         """Some of the nodes, bool [T], the ancestors of each among them."""
         before = np.append(0, np.cumsum(nodes))  # how many of them stand before each place

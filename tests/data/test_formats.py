@@ -184,7 +184,7 @@ def test_unknown_columns_are_refused_with_file_and_row():
         "  instruction  instruction and output\n"
         "  completion   completion and prompt, or prompt and response, or answer and question, or query and response, or input and output\n"
         "  label        label and text\n"
-        "Rename them, or say which is which, such as data.columns='{instruction: 指示, output: 输出}'."
+        "Rename them, or say which is which: data.columns='{instruction: …, output: …}'."
     )
 
 

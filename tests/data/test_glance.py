@@ -43,6 +43,17 @@ def test_a_long_file_is_left_to_those_who_read_it(monkeypatch):
     look(STRANGE, "{", STRANGE)
 
 
+def test_what_is_packed_or_a_pipe_is_left_to_them_too():
+    import gzip
+    import os
+
+    with gzip.open("rows.jsonl.gz", "wt") as file:
+        file.write("{")
+    os.mkfifo("rows.jsonl")
+    for name in ("rows.jsonl.gz", "rows.jsonl"):
+        glance(Source(path=name), DataSettings(train=name), True)
+
+
 @pytest.mark.parametrize("read", [True, False])
 def test_a_source_that_is_not_there(read):
     with pytest.raises(SourceError, match="no such file"):

@@ -358,7 +358,7 @@ def refuse_if_too_many(skipped: Sequence[Skipped], rows: int, settings: DataSett
             "Name the labels as the rows have them, such as data.labels='{negative: neg, positive: pos}'; task=answer learns them as text." \
             if strange else "Look at the rows named; data.columns says which column is which."
         raise RowError(f"Nothing can be learned from any of the {rows} rows.\n{listing}", next_step=cure)
-    longer = "Answers that are cut away stay with a larger data.max_tokens. " if any("cut away" in s.reason for s in skipped) else ""
+    longer = "A larger data.max_tokens keeps more of the answers. " if settings.max_tokens and any("cut away" in s.reason for s in skipped) else ""
     if settings.bad_rows == "refuse":
         raise RowError(f"{len(skipped)} of {rows} rows cannot teach.\n{listing}", "data.bad_rows=refuse stops on the first.",
                        longer + "Mend them, or skip them with data.bad_rows=skip.")

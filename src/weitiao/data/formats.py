@@ -122,13 +122,11 @@ def detect(rows: Iterable[Row], settings: DataSettings) -> str:
                 return name
     assert first is not None, "a source without rows is refused when it is read"
     known = "\n".join(f"  {name:13}{', or '.join(' and '.join(sorted(c)) for c in kind.columns)}" for name, kind in wanted.items())
-    ours = min((sorted(columns) for kind in wanted.values() for columns in kind.columns if len(columns) <= len(first.fields)),
-               key=lambda columns: -len(columns), default=["instruction", "output"])
-    example = ", ".join(f"{our}: {their}" for our, their in zip(ours, first.fields, strict=False))
+    ours = ["instruction", "output"] if "instruction" in wanted else sorted(next(iter(wanted.values())).columns[0])
     raise RowError(
         f"{first.where} has the columns {', '.join(map(str, first.fields))}.",
         f"Expected columns of {'one of these formats' if len(wanted) > 1 else 'this format'}:\n{known}",
-        f"Rename them, or say which is which, such as data.columns='{{{example}}}'.",
+        f"Rename them, or say which is which: data.columns='{{{', '.join(f'{name}: …' for name in ours)}}}'.",
     )
 
 

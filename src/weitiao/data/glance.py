@@ -11,6 +11,7 @@ from weitiao.data.rows import local_files, read_rows
 from weitiao.settings.data import DataSettings, Source
 
 SHORT = 1 << 20  # bytes, which take some ten milliseconds to read
+PLAIN = {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}  # others may be long once they are unpacked
 
 
 def glance(source: Source, settings: DataSettings, read: bool = False) -> None:
@@ -23,7 +24,9 @@ def glance(source: Source, settings: DataSettings, read: bool = False) -> None:
         RowError: one of its rows is broken, there are none, or no format knows their columns.
     """
     here = local_files(source.path, source.split)
-    if here is None or "saved" in here.kinds or not read or sum(file.stat().st_size for file in here.files) > SHORT:
+    if not read or here is None or not PLAIN.issuperset(here.kinds):
+        return
+    if not all(file.is_file() for file in here.files) or sum(file.stat().st_size for file in here.files) > SHORT:  # a pipe is read once
         return
     rows = read_rows(source.path, split=source.split)
     detect(rows, settings)

@@ -20,7 +20,8 @@ def trie_rows(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     """The rows of each of these tries.
 
     Rows are sorted, so each cut falls at a branch, and the shared prefix is repeated in both parts. With the number of
-    passes known, the cuts are moved so that the largest pass is as small as can be: that bounds the memory.
+    passes known, the cuts are moved so that the largest pass is as small as can be: that bounds the memory. All nodes count, those
+    too that need not be computed.
     """
     rows = sorted(examples, key=sort_key)
     lengths = [len(row) for row in rows]

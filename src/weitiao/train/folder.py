@@ -197,8 +197,14 @@ def refuse_no_run(path: Path) -> None:
     Raises:
         RunError: this is neither a run nor a checkpoint of one.
     """
-    if not any((folder / "config.yaml").is_file() for folder in (path, path.parent.parent)):
-        raise RunError(*_no_run(path))
+    if _run_of_checkpoint(path) is None:
+        RunFolder.open(path)
+
+
+def _run_of_checkpoint(path: Path) -> RunFolder | None:
+    """RUN of RUN/checkpoints/N, be that N there or not."""
+    run = path.parent.parent
+    return RunFolder(run) if path.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, Path]:
@@ -208,8 +214,7 @@ def open_run(path: str | Path) -> tuple[RunFolder, Path]:
         RunError: there is no run there, it has learned nothing yet, or the checkpoint is torn.
     """
     path = Path(path)
-    if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
-        run = RunFolder(path.parent.parent)
+    if run := _run_of_checkpoint(path):
         if not path.is_dir():
             steps = ", ".join(str(c.step) for c in run.checkpoints())
             raise RunError(f"There is no checkpoint {path.name} in {run.path}.", f"It has {steps or 'none'}.")

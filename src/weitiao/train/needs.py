@@ -202,7 +202,7 @@ class Subject:
         """How many places a pass of these rows has."""
         if layout == "padded":
             return len(rows) * (max(map(len, rows)) + self.virtual)
-        return sum(int(trie.needed().sum()) for trie in trie_passes(rows, 1 << 40)) + self.virtual
+        return sum(trie.computed for trie in trie_passes(rows, 1 << 40)) + self.virtual
 
 
 class NoPlan(Exception):

@@ -116,7 +116,7 @@ def paths_of(rows: Sequence[TrainingRow]) -> tuple[list[list[Path]], Totals]:
             first[path[shared:]] = len(flat)
             flat.append(Path(row, seen_place(row.where[folder:]), turn, len(row.examples), example, shared, owner))
         by_row.append(flat[len(flat) - len(row.examples) :])
-    return by_row, Totals(len(rows), sum(map(len, examples)), sum(path.learned for path in flat), len(trie))
+    return by_row, Totals(len(rows), sum(map(len, examples)), sum(path.learned for path in flat), trie.computed)
 
 
 def common_folder(places: Sequence[str]) -> int:

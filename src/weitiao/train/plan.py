@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from weitiao.config import Settings
+from weitiao.config import NO_ROWS, Settings
 from weitiao.data.templates import load_template
 from weitiao.errors import SettingError, SourceError, nearest
 from weitiao.model import load as loading
@@ -144,7 +144,7 @@ def target_of(gpu: str | None, memory: str | None) -> Target:
 def subject_of(settings: Settings, screen: Screen, tokens: int | None, rows: int | None) -> tuple[Subject, str]:
     """(what is planned, where its rows come from)"""
     config, home = config_of(settings, screen)
-    named = settings.data.train[0].path != NONE
+    named = settings.data.train[0].path != NO_ROWS
     tokenizer, note = _tokenizer(home, settings), ""
     if tokenizer is None and (settings.tokens.add or getattr(settings.method, "text", None)):
         raise SettingError(f"tokens.add and method.text want the tokenizer of {settings.model.name}, which is not here.",
@@ -163,9 +163,6 @@ def subject_of(settings: Settings, screen: Screen, tokens: int | None, rows: int
         progress=screen.progress, task=settings.task,
     )
     return Subject(settings, config, data.rows.paths, tokenizer, method), f"{len(data):,} rows of up to {data.max_tokens:,} tokens{note}"
-
-
-NONE = "none"  # data.train where no rows are named
 
 
 def config_of(settings: Settings, screen: Screen) -> tuple[Any, Path | None]:

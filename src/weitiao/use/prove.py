@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import os
 
 import torch
@@ -37,10 +36,12 @@ def prove(path: str, batches: int, steps: int) -> None:
         # training began with.
         torch.set_num_threads(min(run.read_json("environment.json")["threads"], os.cpu_count() or 1))
         with encoding_beside(job, screen):
-            worst_step, made = repeat(run, job, steps)
-        report["repeated"] = {"steps": made, "loss_difference_max": worst_step}
+            worst_step, made, alike = repeat(run, job, steps)
+        report["repeated"] = {"steps": made, "loss_difference_max": worst_step, "same_nodes": alike}
         screen.tell(f"Made again from the record: steps {made[0]} to {made[-1]}, losses differ by at most {worst_step:.2g}.")
-        if worst_step > (0.0 if job.accelerator.device.type == "cpu" else 1e-2):
+        if not alike:
+            screen.tell("They were made of other nodes then, by another version: losses are the same within rounding at best.")
+        if worst_step > (0.0 if job.accelerator.device.type == "cpu" and alike else 1e-2):
             failed.append(f"steps {made[0]} to {made[-1]} have other losses than their record")
     if job.settings.training.layout == "trie":
         job.method.load(job.model, weights / job.method.FOLDER)
@@ -68,9 +69,10 @@ def batches_of(job: Job, count: int) -> list[list]:
     return [examples(rows[a : a + ROWS]) for a in range(0, min(count * ROWS, len(rows)), ROWS)]
 
 
-def repeat(run: RunFolder, job: Job, steps: int) -> tuple[float, list[int]]:
-    """(largest difference of a loss, which steps): the steps after the oldest checkpoint that has any, else the first ones."""
-    recorded = {m["step"]: m["loss"] for m in run.read_metrics() if "loss" in m}
+def repeat(run: RunFolder, job: Job, steps: int) -> tuple[float, list[int], bool]:
+    """(largest difference of a loss, which steps, are they of as many nodes?): the steps after the oldest checkpoint that has any, else the
+    first ones."""
+    recorded = {m["step"]: m for m in run.read_metrics() if "loss" in m}
     start: Checkpoint | None = next((c for c in run.checkpoints() if c.step + 1 in recorded), None)
     settings = job.settings.model_copy(update={"evaluation": job.settings.evaluation.model_copy(update={"every": "end"})})
     lines: list[dict] = []
@@ -84,7 +86,9 @@ def repeat(run: RunFolder, job: Job, steps: int) -> tuple[float, list[int]]:
     training.fit(last=min(first + steps - 1, max(recorded)))
     if not lines:
         raise RunError(f"{run.path} has no recorded steps to repeat.")
-    return max(abs(line["loss"] - recorded[line["step"]]) for line in lines), [line["step"] for line in lines]
+    pairs = [(line, recorded[line["step"]]) for line in lines]
+    worst = max(abs(line["loss"] - known["loss"]) for line, known in pairs)
+    return worst, [line["step"] for line in lines], all(line["nodes"] == known["nodes"] for line, known in pairs)
 
 
 class _Recorder:

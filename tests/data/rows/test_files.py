@@ -54,7 +54,7 @@ def test_a_missing_file_comes_at_once_with_the_nearest_one_there():
     )
 
 
-def test_of_what_is_there_only_rows_are_named_and_only_what_is_like_it_is_meant():
+def test_of_what_is_there_some_are_named_and_only_what_is_like_it_is_meant():
     for n in range(9):
         write(f"data/part{n}.jsonl", lines(A))
     write("data/notes/a.md", "")
@@ -62,7 +62,7 @@ def test_of_what_is_there_only_rows_are_named_and_only_what_is_like_it_is_meant(
     with pytest.raises(SourceError) as caught:
         read_rows("data/other.jsonl")  # .jsonl is no likeness
     told = str(caught.value)
-    assert "holds: part0.jsonl" in told and "part7.jsonl, …." in told and "Check the path." in told and "mean" not in told
+    assert "holds: notes, part0.jsonl" in told and "part6.jsonl, …." in told and "Check the path." in told and "mean" not in told
     with pytest.raises(SourceError, match=r"The folder holds: .*\nDid you mean 'reviews'"):
         read_rows("data/review")
     with pytest.raises(SourceError, match="Did you mean 'part0.jsonl'"):

@@ -36,6 +36,17 @@ def test_rows_before_a_broken_line_are_given_so_it_is_streamed():
         next(rows)
 
 
+@pytest.mark.parametrize("broken, reason", [
+    ('{"a": "b\tc"}', "a tab, a line end or the like inside a text"), ('{"a": "b}', "a text that is not closed"), ('{"a": None}', "no value of JSON stands here"),
+    ('{"a": "b" "c": "d"}', "a comma or a closing bracket is missing"), ('{"a" "b"}', "a colon is missing"), ('{"a": "b",}', "a name in double quotes is missing"),
+    ('{"a": "b"} {}', "there is more behind its end"), (r'{"a": "\d"}', "a backslash that must be written twice"), (r'{"a": "\u12"}', "a \\u without its four digits"),
+])
+def test_what_is_wrong_with_a_line_is_told_in_the_files_own_words(broken, reason):
+    write("rows.jsonl", lines(A) + broken + "\n")
+    told = refusal(RowError, "rows.jsonl")
+    assert told.startswith("rows.jsonl:2, column ") and reason in told or sys.version_info >= (3, 13) and "a comma after the last item" in told
+
+
 def test_a_broken_line_is_named_with_place_excerpt_reason_and_cure():
     write("rows.jsonl", lines(A) + "{'text': 'single quotes'}\n")
     assert refusal(RowError, "rows.jsonl") == (

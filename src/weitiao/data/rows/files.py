@@ -89,7 +89,7 @@ def _missing(path: str) -> SourceError:
     if not place.parent.is_dir():
         return SourceError(f"{path}: no such file; nor is there a folder {place.parent}.", "", "Check the path.")
     shown = (p for p in place.parent.iterdir() if not p.name.startswith("."))
-    siblings = sorted(p.name for p in shown if _row_files(p.glob("*")) or suffix(p.name))
+    siblings = sorted(p.name for p in shown if p.is_dir() or suffix(p.name))
     holds = f"The folder holds: {', '.join(siblings[:8])}{', …' if len(siblings) > 8 else ''}." if siblings else ""
     stems = {_stem(name) for name in siblings if nearest(_stem(place.name), [_stem(name)])}  # .jsonl alone likens nothing
     cure = nearest(place.name, [name for name in siblings if _stem(name) in stems]) or "Check the path."

@@ -137,9 +137,9 @@ def _parse(text: str, file: str, line: int) -> Any:
 
 # What Python's json says, in the words of who looks at the file.
 JSON_REASONS = {
-    "Invalid control character at": "a line end or tab inside a text: is its closing quote missing?",
+    "Invalid control character at": "a tab, a line end or the like inside a text, or a text that is not closed",
     "Unterminated string starting at": "a text that is not closed",
-    "Expecting value": "a value is missing",
+    "Expecting value": "no value of JSON stands here",
     "Expecting ',' delimiter": "a comma or a closing bracket is missing",
     "Expecting ':' delimiter": "a colon is missing",
     "Expecting property name enclosed in double quotes": "a name in double quotes is missing",

@@ -82,12 +82,27 @@ def refuse_unknown(name: str) -> None:
     Raises:
         SourceError: `name` is of no kind, or a path with nothing there.
     """
-    if _kind_of(name).bring is from_file:
+    _kind_of(name)
+    refuse_missing_path(name)
+
+
+def refuse_missing_path(name: str) -> None:
+    """The same of paths alone, where a name may be told otherwise.
+
+    Raises:
+        SourceError: it is a path with nothing there.
+    """
+    kind = _first_kind(name)
+    if kind is not None and kind.bring is from_file:
         refuse_absent(name)
 
 
+def _first_kind(name: str) -> Kind | None:
+    return next((kind for kind in KINDS if kind.takes(name)), None)
+
+
 def _kind_of(name: str) -> Kind:
-    kind = next((kind for kind in KINDS if kind.takes(name)), None)
+    kind = _first_kind(name)
     if kind is None:
         raise _unknown(name)
     return kind
