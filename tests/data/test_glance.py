@@ -38,6 +38,12 @@ def test_rows_that_cannot_are_told_where_they_are_read(rows, told):
     look(*rows, read=False)
 
 
+def test_columns_whose_names_say_what_they_are_come_with_their_cure():
+    with pytest.raises(RowError) as told:
+        look({"问题": "a", "答案": "b"})
+    assert told.value.next_step == "Say which is which: data.columns='{question: 问题, answer: 答案}'; or rename them in the file."
+
+
 def test_a_long_file_is_left_to_those_who_read_it(monkeypatch):
     monkeypatch.setattr(module, "SHORT", 10)
     look(STRANGE, "{", STRANGE)

@@ -136,3 +136,15 @@ def test_labels_are_stored_and_read_back(read):
     again = Labels.from_dict(json.loads(json.dumps(labels.as_dict())))
     assert again.words == labels.words and [a.tolist() for a in again.ids] == [b.tolist() for b in labels.ids]
     assert Labels.from_dict(None) is None
+
+
+def test_of_each_label_some_rows_are_learned_and_some_measured(read, tokenizer):
+    data = read(*((str(n), "7") for n in range(30)), *((str(n), "8") for n in range(10)), ("1", "9"))
+    for seed in range(5):
+        learn, measure = data.split(0.1, seed)
+        told = [[shown(tokenizer, row)[1] for row in part.rows] for part in (learn, measure)]
+        assert [[labels.count(label) for label in "789"] for labels in told] == [[27, 9, 1], [3, 1, 0]]
+        again = data.split(0.1, seed)[1]
+        assert again.fingerprint() == measure.fingerprint() and again.labels == data.labels
+    assert data.split(0.1, 0)[1].fingerprint() != data.split(0.1, 1)[1].fingerprint()
+    assert [len(part) for part in read(("1", "7"), ("2", "8")).split(0.5, 0)] == [1, 1]

@@ -151,6 +151,13 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_a_place_where_no_folder_can_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(RunError, match="rows.csv/runs/x cannot be made: .*rows.csv is no folder"):
+        RunFolder.refuse_taken(tmp_path / "rows.csv" / "runs" / "x")
+    RunFolder.refuse_taken(tmp_path / "new" / "runs" / "x")
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_new_run_that_is_ended_at_once_says_what_is_kept(tmp_path, steps):
     from weitiao.train.train import claim

@@ -70,15 +70,28 @@ class Dataset:
         return self.rows.digest()
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
-        """(rows to learn from, rows to measure on): `share` of the rows, drawn by the seed, at least one of each."""
+        """(rows to learn from, rows to measure on): `share` of the rows, drawn by the seed, at least one of each; of each label, where
+        there are labels, so that none is learned and not measured but one that a single row has."""
         places = self.rows.places()  # a row that shares repeat stays on one side
-        count = int(places.max()) + 1
-        measured = max(1, min(count - 1, round(share * count)))
-        drawn = np.isin(places, np.random.default_rng([seed, 0x5A]).permutation(count)[:measured])
+        count, random = int(places.max()) + 1, np.random.default_rng([seed, 0x5A])
+        drawn = np.isin(places, self._drawn_by_label(places, share, random) if self.labels else random.permutation(count)[:_part(share, count)])
         return (
             replace(self, rows=self.rows.of(~drawn)),
             Dataset(self.rows.of(drawn), [], self.max_tokens, 0, self.labels),
         )
+
+    def _drawn_by_label(self, places: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+        of_label: dict[bytes, dict[int, None]] = {}  # the places of each, in their order
+        for place, row in zip(places.tolist(), self.rows, strict=True):
+            last = row.examples[-1]
+            of_label.setdefault(last.ids[last.weights > 0].tobytes(), {})[place] = None
+        drawn = [random.permutation(list(own))[: _part(share, len(own))] for own in of_label.values() if len(own) > 1]
+        return np.concatenate(drawn) if drawn else random.permutation(int(places.max()) + 1)[:1]
+
+
+def _part(share: float, count: int) -> int:
+    """How many of `count` that is: at least one, and not all."""
+    return max(1, min(count - 1, round(share * count)))
 
 
 def load(

@@ -6,8 +6,10 @@ a hub, is left to those who read it.
 
 from __future__ import annotations
 
+from weitiao.data.defects import cure_of_columns
 from weitiao.data.formats import detect
 from weitiao.data.rows import local_files, read_rows
+from weitiao.errors import RowError
 from weitiao.settings.data import DataSettings, Source
 
 SHORT = 1 << 20  # bytes, which take some ten milliseconds to read
@@ -28,7 +30,8 @@ def glance(source: Source, settings: DataSettings, read: bool = False) -> None:
         return
     if not all(file.is_file() for file in here.files) or sum(file.stat().st_size for file in here.files) > SHORT:  # a pipe is read once
         return
-    rows = read_rows(source.path, split=source.split)
-    detect(rows, settings)
-    for _ in rows:  # the others: is one of them broken?
-        pass
+    first, *rows = read_rows(source.path, split=source.split)
+    try:
+        detect((first, *rows), settings)
+    except RowError as error:
+        raise RowError(error.found, error.expected, cure_of_columns(first.fields) or error.next_step) from None

@@ -20,7 +20,7 @@ from weitiao.config import Settings
 from weitiao.data import rows as reading
 from weitiao.data.cache import Cache
 from weitiao.data.dataset import labels_of, name_label, names_of_labels
-from weitiao.data.defects import find_all
+from weitiao.data.defects import cure_of_columns
 from weitiao.data.encoded import CHUNK
 from weitiao.data.findings import SEVERITIES, Finding, Kind, Tally, worst_first
 from weitiao.data.formats import detect
@@ -288,8 +288,8 @@ def of_error(kind: str, error: RowError) -> Finding:
 def of_unknown(error: RowError, first: Row) -> Finding:
     """A file of no format: with its own names in the cure, where they can be guessed from its first row."""
     finding = of_error("unknown_columns", error)
-    _, _, columns = find_all(first.fields, None).get("foreign_columns", "").partition(": set ")
-    return replace(finding, cure=f"Say which is which: {columns}; or rename them in the file.") if columns and "…" not in columns else finding
+    cure = cure_of_columns(first.fields)
+    return replace(finding, cure=cure) if cure else finding
 
 
 def place_of(error: RowError) -> str:

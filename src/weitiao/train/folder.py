@@ -61,6 +61,10 @@ class RunFolder:
                 if (path / "config.yaml").is_file() else "Choose another: --output NAME."
             kind = "file" if path.is_file() else "folder"
             raise RunError(f"The {kind} {path} exists already.", "Expected a new folder; a run never writes over another.", advice)
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise RunError(f"{path} cannot be made: {above} is {'not to be written into' if above.is_dir() else 'no folder'}.", "Expected a place to write to.",
+                           "Choose another: --output NAME.")
 
     def start(self, settings: Settings) -> None:
         """The last of a new run's first files: with it, the folder is a run."""
@@ -81,7 +85,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {error}.", "Expected a place to write to.",
+            raise RunError(f"{self.path} cannot be made: {error.strerror or error}.", "Expected a place to write to.",
                            "Choose another: --output NAME.") from None
         lock = FileLock(self.path / ".lock", timeout=0)
         try:

@@ -121,12 +121,12 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
         if is_first_process():
             run.clear_staging()
         checkpoint = run.newest_whole(lambda text: screen.tell(text, style="yellow"))
+        if checkpoint and (run.path / "summary.json").is_file() and checkpoint.step >= (steps := run.read_json("summary.json")["steps"]):
+            screen.tell(f"{path} is finished: {steps} of {steps} steps are done.")
+            return run
         job = prepare(run.settings(), screen)
         refuse_other_rows(run, job)
         schedule = schedule_of(job)  # its steps are known, however many rows are
-        if checkpoint and checkpoint.step >= schedule.steps and (run.path / "summary.json").is_file():
-            screen.tell(f"{path} is finished: {schedule.steps} of {schedule.steps} steps are done.")
-            return run
         step = checkpoint.step if checkpoint else 0
         screen.tell(f"Going on with {path} from step {step} of {schedule.steps}.")
         if job.accelerator.is_main_process:
@@ -454,7 +454,8 @@ def show_job(job: Job, screen: Screen) -> None:
     held = loading.weight_dtype(settings.model.dtype, job.method.TRAINS_ALL, job.compute)
     # Half weights under fp32 have no autocast: they multiply as they are held.
     computed = held if job.compute is torch.float32 and settings.model.quantize == "none" else job.compute
-    batch = _count(min(settings.training.batch_size, len(job.data)), "row")
+    full = settings.training.batch_size
+    batch = ("up to " if len(job.data) > full and len(job.data) % full and not job.streamed else "") + _count(min(full, len(job.data)), "row")
     rows: list[tuple[str, Any]] = [
         ("model", f"{settings.model.name}, weights in {quantize.describe(settings.model, held)}, computed in {str(computed)[6:]}"),
         ("method", f"{settings.method.name}, learning rate {settings.learning_rate:g}"),

@@ -31,3 +31,9 @@ def find_all(fields: Mapping[str, Any], conversation: Conversation | None) -> di
                 if detail is not None:
                     met[name] = detail
     return met
+
+
+def cure_of_columns(fields: Mapping[str, Any]) -> str:
+    """How to say which column of a format that is unknown is which, where their names tell; else nothing."""
+    _, _, columns = find_all(fields, None).get("foreign_columns", "").partition(": set ")
+    return f"Say which is which: {columns}; or rename them in the file." if columns and "…" not in columns else ""
