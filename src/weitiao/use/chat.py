@@ -19,8 +19,9 @@ from weitiao.data.rows.utf8 import read_lines
 from weitiao.errors import RowError, SettingError, SourceError
 from weitiao.model.generate import Answer, Sampling, answers_to, room, stream
 from weitiao.screen import Screen, quiet_libraries
+from weitiao.settings.data import DataSettings
 from weitiao.train.evaluation import classify
-from weitiao.train.folder import write_text
+from weitiao.train.folder import open_run, write_text
 from weitiao.use.trained import Trained, open_trained
 
 Messages = list[dict[str, str]]
@@ -90,12 +91,12 @@ def generate(
         raise SettingError("There is nothing to answer.", "Expected --prompt TEXT or --file FILE.")
     if output:
         refuse_target(Path(output))
+    asked = [Conversation((Message("user", p),)) for p in prompts]
+    if file:  # before the model is loaded: it may not be there
+        asked += read_prompts(file, open_run(run)[0].settings().data)
     quiet_libraries()
     screen = Screen()
     trained = open_trained(run, screen)
-    asked = [Conversation((Message("user", p),)) for p in prompts]
-    if file:
-        asked += read_prompts(file, trained)
     opening = system or trained.settings.data.system
     asked = [c if c.messages[0].role == "system" or not opening else c.opened_by(opening) for c in asked]
     ids = [trained.prompt_ids(c.as_dicts(), c.tools) for c in asked]
@@ -140,16 +141,15 @@ def refuse_target(path: Path) -> None:
         raise SettingError(f"There is no folder {path.parent} to write {path.name} into.")
 
 
-def read_prompts(file: str, trained: Trained) -> list[Conversation]:
+def read_prompts(file: str, settings: DataSettings) -> list[Conversation]:
     """A line a prompt from .txt; otherwise rows as in training, with or without their answers."""
     if file.endswith(".txt"):
         if not Path(file).is_file():
-            raise SourceError(f"There is no file {file}.")
+            raise SourceError(f"There is no file {file}.", "Expected a prompt a line, or a file of rows.", "Check the path.")
         lines = [text.rstrip("\r\n") for _, text in read_lines(file) if text.strip()]
         if not lines:
             raise RowError(f"{file} holds no prompts.", "Expected one a line.")
         return [Conversation((Message("user", line),)) for line in lines]
-    settings = trained.settings.data
     found = [Row(with_answer(rename(row.fields, settings.columns), settings), row.file, row.line)
              for row in read_rows(file)]
     # The columns bear our names by now.

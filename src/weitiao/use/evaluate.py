@@ -8,6 +8,7 @@ from typing import Any
 
 from weitiao import metrics
 from weitiao.data.dataset import Dataset, skipped_summary
+from weitiao.data.glance import glance
 from weitiao.data.stored import TrainingRow
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
@@ -15,12 +16,13 @@ from weitiao.settings.data import Source
 from weitiao.settings.results import EvaluationSettings
 from weitiao.train import memory
 from weitiao.train.evaluation import answer_and_score, label_prompts, label_samples, label_weights, mean_loss, questions, score_labels
-from weitiao.train.folder import write_text
+from weitiao.train.folder import RunFolder, open_run, write_text
 from weitiao.use.trained import Trained, open_trained
 
 
 def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int | None) -> None:
     """Measure a run on its own rows set aside, or on others; write samples.jsonl and scores.json into the run folder."""
+    refuse_no_rows(open_run(path)[0], data)
     quiet_libraries()
     screen = Screen()
     trained = open_trained(path, screen)
@@ -36,6 +38,16 @@ def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_
     show(results, len(measured), screen)
 
 
+def refuse_no_rows(run: RunFolder, data: str | None) -> None:
+    """Told before the model is loaded: the file named is not there, or the run has none of its own."""
+    settings = run.settings().data
+    if data:
+        glance(Source(path=data), settings)
+    elif not (settings.eval or settings.eval_share):
+        raise RunError(f"{run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
+                       f"Name some: weitiao evaluate {run.path} --data rows.jsonl")
+
+
 def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Dataset:
     """Rows of a file, else the run's data.eval, else the share it set aside."""
     settings = trained.settings
@@ -46,10 +58,7 @@ def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Datas
         return found
     if settings.data.eval:
         return unchanged(trained, trained.read(settings.data.eval, screen.progress))
-    if settings.data.eval_share:
-        return unchanged(trained, trained.read(settings.data.train, screen.progress, own=True).split(settings.data.eval_share, settings.training.seed)[1])
-    raise RunError(f"{trained.run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
-                   f"Name some: weitiao evaluate {trained.run.path} --data rows.jsonl")
+    return unchanged(trained, trained.read(settings.data.train, screen.progress, own=True).split(settings.data.eval_share, settings.training.seed)[1])
 
 
 def unchanged(trained: Trained, rows: Dataset) -> Dataset:
