@@ -209,9 +209,13 @@ def test_other_rows_than_it_began_with_are_refused(weitiao, model_folder, tmp_pa
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     assert weitiao("train", "--model", model_folder, "--data", rows, "--output", "r", "training.batch_size=2")[0] == 0
     rows.write_text('{"prompt": "a", "completion": "c"}\n' * 8)
+    code, out, _ = weitiao("train", "r", "--resume")
+    assert code == 0 and "r is finished: " in out  # whatever became of its rows
     shutil.rmtree(tmp_path / "r" / "adapter")
     code, _, err = weitiao("train", "r", "--resume")
     assert code == 2 and "not those that r began with" in err
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    assert weitiao("train", "r", "--resume")[0] == 0 and (tmp_path / "r" / "adapter").is_dir()  # learned weights that went missing come back
 
 
 # ------------------------------------------------------------------------------------------------ kills and signals

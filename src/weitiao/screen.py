@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def times(number: float) -> str:
+    """`once`, `1.33 times`"""
+    return "once" if number == 1 else f"{number:.3g} times"
+
+
 def format_bytes(count: float) -> str:
     """`12.3 GiB`, and below a tenth of that `45 MiB`: in the units of nvidia-smi and PyTorch's own messages, here as everywhere."""
     if 0 < abs(count) < 2**30 / 10:

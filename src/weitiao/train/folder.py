@@ -173,6 +173,11 @@ class RunFolder:
                 shutil.rmtree(old.path, ignore_errors=True)
         return Checkpoint(final, step)
 
+    def is_finished(self, step: int) -> bool:
+        """Was all that a run leaves behind written after this step, and is what it learned still here?"""
+        there = any((self.path / name).is_dir() for name in ("adapter", "model"))
+        return there and (self.path / "summary.json").is_file() and step >= self.read_json("summary.json")["steps"]
+
     def forget_after(self, step: int) -> None:
         """Remove checkpoints of later steps: they are torn, or a run would not go on from this one."""
         for checkpoint in self.checkpoints():
@@ -321,6 +326,8 @@ def _no_run(path: Path) -> tuple[str, str, str]:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         return f"There is no run folder {path}.", "Expected a folder that `weitiao train` has made.", nearest(path.name, siblings)
+    if run := _run_of_checkpoint(path):
+        return f"{path} is a checkpoint.", "Expected its run folder.", f"Give {run.path}: a run goes on from its newest checkpoint."
     return f"{path} is no run folder: it has no config.yaml.", "Expected a folder that `weitiao train` has made.", ""
 
 

@@ -25,7 +25,7 @@ from weitiao.model.known import known_config, known_names
 from weitiao.model.methods import METHODS, method_of
 from weitiao.model.methods.added import WithTokens
 from weitiao.model.source.wheel import EMBEDDED
-from weitiao.screen import Screen, duration, format_bytes
+from weitiao.screen import Screen, duration, format_bytes, times
 from weitiao.train.check import cache_of, room_and_vocabulary
 from weitiao.train.devices import device_named, parse_bytes
 from weitiao.train.folder import write_asked
@@ -307,7 +307,7 @@ def show(planned: Plan, subject: Subject, target: Target, screen: Screen, rows: 
     kept = f"; the allocator may keep {format_bytes(planned.kept)} beside it" if planned.kept >= WORTH_TELLING else ""
     facts = [
         ("before that", ", ".join(others) + kept),
-        ("work", f"{planned.steps:,} steps, {planned.epochs:.3g} times through the rows; {planned.tokens:,} tokens an epoch, "
+        ("work", f"{planned.steps:,} steps, {times(planned.epochs)} through the rows; {planned.tokens:,} tokens an epoch, "
                  f"{planned.nodes:,} computed" + ("" if planned.layout == "padded" else f" (1 / {planned.tokens / max(1, planned.nodes):.2f})")),
         ("disk", ", ".join(f"{name} {format_bytes(size)}" for name, size in planned.disk.items())),
     ]

@@ -35,7 +35,7 @@ from weitiao.model.methods.method import Method
 from weitiao.model.source import model_folder
 from weitiao.model.source.hub import hub_id
 from weitiao.model.source.wheel import EMBEDDED
-from weitiao.screen import Screen, StepLine, duration, format_bytes
+from weitiao.screen import Screen, StepLine, duration, format_bytes, times
 from weitiao.settings.data import DataSettings, Source
 from weitiao.train import memory, samples, stepping
 from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
@@ -121,8 +121,8 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
         if is_first_process():
             run.clear_staging()
         checkpoint = run.newest_whole(lambda text: screen.tell(text, style="yellow"))
-        if checkpoint and (run.path / "summary.json").is_file() and checkpoint.step >= (steps := run.read_json("summary.json")["steps"]):
-            screen.tell(f"{path} is finished: {steps} of {steps} steps are done.")
+        if checkpoint and run.is_finished(checkpoint.step):
+            screen.tell(f"{path} is finished: {checkpoint.step} of {checkpoint.step} steps are done.")
             return run
         job = prepare(run.settings(), screen)
         refuse_other_rows(run, job)
@@ -464,7 +464,7 @@ def show_job(job: Job, screen: Screen) -> None:
         ("tokens", f"{job.data.tokens:,} an epoch, {job.data.learned_tokens / job.data.tokens:.1%} learned; "
                    f"rows of up to {job.data.max_tokens:,}"),
         ("token trie", f"{nodes:,} nodes in the place of {tokens:,} tokens, 1 / {tokens / nodes:.2f} (first {_count(steps, 'step')})"),
-        ("steps", f"{schedule.steps:,}, each of {batch}" + ("" if job.streamed else f"; {schedule.steps / schedule.steps_per_epoch:.3g} times through all rows")),
+        ("steps", f"{schedule.steps:,}, each of {batch}" + ("" if job.streamed else f"; {times(schedule.steps / schedule.steps_per_epoch)} through all rows")),
     ]
     if job.data.labels:
         rows.insert(4, ("labels", class_shares(job.data)))

@@ -403,6 +403,20 @@ def test_a_trie_gives_the_loss_and_every_gradient_of_its_rows(variant, branching
             assert float((ours[name] - gradient).abs().max()) < 1e-9 * max(1.0, float(gradient.abs().max())), name
 
 
+def plant(monkeypatch, parents) -> None:
+    """Give the proof batches with other parents: parents(those there are, the node before each)."""
+    def planted(real):
+        def batch_of(trie, device="cpu"):
+            batch = real(trie, device)
+            parent = batch["trie"].parent
+            return batch | {"trie": replace(batch["trie"], parent=parents(parent, torch.arange(len(parent)) - 1))}
+
+        return batch_of
+
+    for name in ("trie_batch", "learned_batch"):
+        monkeypatch.setattr(proving, name, planted(getattr(proving, name)))
+
+
 @methods
 def test_it_is_proven(variant, branching):
     proof = prove(tuned(variant, torch.float32), branching, torch.float32)
@@ -418,22 +432,13 @@ def test_in_float64_the_proof_is_exact(branching):
 
 @pytest.mark.parametrize("variant", ["lora", "prompt", "prefix"])
 def test_a_filter_that_reads_the_node_to_the_left_is_caught(variant, branching, monkeypatch):
-    def planted(trie, device="cpu"):
-        batch = trie_batch(trie, device)
-        return batch | {"trie": replace(batch["trie"], parent=torch.arange(len(trie)) - 1)}
-
-    monkeypatch.setattr(proving, "trie_batch", planted)
+    plant(monkeypatch, lambda parent, before: before)
     proof = prove(tuned(variant, torch.float32), branching, torch.float32)
     assert not proof.passed and proof.leak_max > 1e-4 and proof.nll_max > 1e-3
 
 
 def test_roots_that_follow_the_tree_before_them_are_caught(branching, monkeypatch):
-    def planted(trie, device="cpu"):
-        batch = trie_batch(trie, device)
-        parent = batch["trie"].parent
-        return batch | {"trie": replace(batch["trie"], parent=torch.where(parent < 0, torch.arange(len(trie)) - 1, parent))}
-
-    monkeypatch.setattr(proving, "trie_batch", planted)
+    plant(monkeypatch, lambda parent, before: torch.where(parent < 0, before, parent))
     assert not prove(tuned("lora", torch.float32), branching, torch.float32).passed
 
 
