@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -184,6 +186,18 @@ def test_linears_of_one_input_compute_together_what_they_computed_alone(targets,
     assert abs(again - loss) < 1e-6
     for key, gradient in gradients.items():
         assert (ours[key] - gradient).norm() <= 2e-6 * gradient.norm() + 1e-12, key
+
+
+@pytest.mark.parametrize("name", ["lora", "lora with dropout"])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_nothing_of_a_pass_is_held_when_it_is_over(name, disabled):
+    model = attached(name)
+    fused.fuse(model)
+    with model.disable_adapter() if disabled else contextlib.nullcontext():
+        model(input_ids=torch.arange(5, 25)[None])
+    for layer in model.get_base_model().model.layers:
+        together = layer.self_attn.q_proj.forward.func.__self__
+        assert together.input is None and not together.there
 
 
 def test_a_linear_that_is_called_with_another_input_computes_it():

@@ -229,7 +229,8 @@ class OneInput:
 
     def forward(self, number: int, original: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if number == 0:
-            self.input, self.there = x, {} if args or kwargs else self.together(x)
+            self.there = {} if args or kwargs else self.together(x)
+            self.input = x if self.there else None  # held no longer than the others ask for it
         if x is not self.input or number not in self.there:
             return original(x, *args, **kwargs)
         out = self.there.pop(number)

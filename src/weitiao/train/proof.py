@@ -37,9 +37,8 @@ LEAK_ROWS = 4  # of the shortest; a leaf's first, second and third neighbours ar
 TOKENS = 4_096  # of all of them together, so that a proof takes no longer than a few steps
 LONGEST = 2_048  # tokens; its logits alone are 400 MB for a vocabulary like SmolLM2's
 # (leak, nll, gradient) that a right model stays under. In float32 the trie differs from rows by rounding (1e-6); bf16's
-# own noise is 0.02 to 0.04 of a gradient, on two to seven short rows up to 0.11 and once 0.18 (benchmarks/results.md), fp16's an
-# eighth of that. Packed weights add none: each product takes them back
-# to the compute type first. A leak is no rounding: other branches do not move at all.
+# own noise is 0.02 to 0.04 of a gradient, on two to seven short rows up to 0.11 and once 0.18 (benchmarks/results.md); fp16's is
+# an eighth of bf16's. Packed weights add none: each product takes them back to the compute type first. A leak is no rounding: other branches do not move at all.
 TOLERANCES = {torch.float64: (1e-9, 1e-6, 1e-5), torch.float32: (1e-5, 3e-4, 1e-3), torch.bfloat16: (1e-3, 0.5, 0.25),
               torch.float16: (1e-3, 0.1, 0.05)}
 FOUND = (("tokens of other rows move hidden states", "noise"), ("losses of single tokens differ from plain rows'", "rounding"),
@@ -89,7 +88,8 @@ def prove(
     except TrieUnsupported as reason:
         return Proof(float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
     passed = all(value <= limit for value, limit in zip(measured, tolerances, strict=True))
-    worst = next((f"{what} by {v:.2g}, and {t:g} is the most that {why} explains" for (what, why), v, t in zip(FOUND, measured, tolerances) if not v <= t), "")
+    worst = next((f"{what} by {v:.2g}, and {t:g} is the most that {why} explains"
+                  for (what, why), v, t in zip(FOUND, measured, tolerances, strict=True) if not v <= t), "")
     return Proof(*measured, dtype, passed, reason=worst, **facts)
 
 

@@ -122,7 +122,8 @@ def _parse(text: str, file: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        reason, at = JSON_REASONS.get(error.msg, error.msg), min(error.pos, len(text.rstrip()))  # a text that breaks off, breaks off on its last line
+        reason = JSON_REASONS.get(error.msg, error.msg)
+        at = min(error.pos, len(text.rstrip()))  # a text that breaks off, breaks off on its last line
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 2,000 nested brackets
         reason, at = str(error), 0
     start = text.rfind("\n", 0, at) + 1

@@ -50,6 +50,10 @@ def from_file(request: Request) -> Path:
 
 
 def refuse_absent(name: str) -> None:
+    """
+    Raises:
+        SourceError: there is no file at the path `name`.
+    """
     if not _path(name).is_file():
         raise _no_such_path(name)
 
