@@ -85,6 +85,17 @@ def test_what_an_earlier_call_left_in_memory_does_no_harm(plan, kind):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_processor_that_multiplies_no_bfloat16_computes_in_float32(plan, monkeypatch):
+    if reason := cpu.trouble(torch.bfloat16):
+        pytest.skip(reason)
+    monkeypatch.setattr(cpu, "computes_halves", lambda: False)
+    assert off(plan, torch.bfloat16, prefix=3) < KINDS[torch.bfloat16]
+    *inputs, cotangent = drawn(plan, torch.bfloat16)
+    halves, wide = (results(lambda q, k, v: cpu.attend(q, k, v, plan, 0.2, None, 0.0), [x.to(kind) for x in inputs], cotangent)
+                    for kind in (torch.bfloat16, torch.float32))
+    assert torch.equal(halves[0], wide[0].bfloat16())
+
+
 def test_scores_far_apart_leave_no_number_behind_that_is_none(plan):
     if reason := cpu.trouble(torch.float32):
         pytest.skip(reason)
@@ -126,7 +137,7 @@ def test_what_it_does_not_compute_is_left_to_others(plan, kind, shape, window, d
 def anew(monkeypatch, tmp_path):
     """As in a process that has not looked for a compiler yet, with an empty cache."""
     monkeypatch.setenv("WEITIAO_CACHE", str(tmp_path / "cache"))
-    for module, cached in ((cpu, cpu.trouble), (cpu, cpu._library), (compiled, compiled.loaded), (compiled, compiled.compiler)):
+    for module, cached in ((cpu, cpu.trouble), (cpu, cpu._library), (cpu, cpu.computes_halves), (compiled, compiled.loaded), (compiled, compiled.compiler)):
         monkeypatch.setattr(module, cached.__name__, functools.cache(cached.__wrapped__))
     return tmp_path
 

@@ -3,8 +3,8 @@
     query, key, value ── blocks of 64 keys x 64 queries: skipped, whole, or masked ── out, log-sum-exp; their gradients
 
 Scores stay in the processor's cache, and what no query sees is skipped; float32 goes by vectors, bfloat16 by the matrix tiles
-of AMX. Where there is no compiler, where the processor has no tiles, or where what was built does not compute what it should,
-PyTorch's kernels do it, segment by segment (`attention.ByKeys`): the same numbers, later.
+of AMX or by AVX-512's products of pairs, and as float32 where a processor has neither. Where there is no compiler, or where what was built does not
+compute what it should, PyTorch's kernels do it, segment by segment (`attention.ByKeys`): the same numbers, later.
 """
 
 from __future__ import annotations
@@ -59,11 +59,9 @@ def trouble(dtype: torch.dtype) -> str | None:
     if dtype not in TOLERANCES:
         return f"It computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}."
     try:
-        library = _library()
+        _library()
     except compiled.NotBuilt as reason:
         return str(reason)
-    if dtype is torch.bfloat16 and not library.has_tiles():
-        return "There are no matrix tiles for bfloat16 in this processor, or none that its compiler knows."
     worst = _trial(dtype)
     if not worst <= TOLERANCES[dtype]:  # a NaN is trouble too
         return f"What {compiled.compiler()} made of it is off by {worst:.1g}."
@@ -75,8 +73,13 @@ def _library() -> ctypes.CDLL:
     library = compiled.loaded()
     library.forward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int]
     library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p, ctypes.c_long]
-    library.has_tiles()  # asks for them, too
     return library
+
+
+@functools.cache
+def computes_halves() -> bool:
+    """Does it multiply bfloat16, by tiles or by pairs? Otherwise they are made float32 first."""
+    return bool(_library().has_halves())
 
 
 def _trial(dtype: torch.dtype) -> float:
@@ -116,14 +119,17 @@ class ByBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, first, last, scale):
-        query, key, value = (_dense_rows(x) for x in (query, key, value))
+        kind = query.dtype
+        query, key, value = kept = [_dense_rows(x) for x in (query, key, value)]
+        query, key, value = (_as_computed(x) for x in kept)
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)  # as the projection behind it reads it
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         if not isinstance(query, FakeTensor):
             job = _job(scale, first, last, lse, query=query, key=key, value=value, out=out)
             if _library().forward(job, query.dtype is torch.bfloat16):
                 raise MemoryError("No memory for the blocks of attention.")
-        ctx.save_for_backward(query, key, value, out, lse, first, last)
+        out = out.to(kind)
+        ctx.save_for_backward(*kept, out, lse, first, last)
         ctx.scale = scale
         return out
 
@@ -131,7 +137,8 @@ class ByBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse, first, last = ctx.saved_tensors
-        grad = _dense_rows(grad)
+        kind = query.dtype
+        query, key, value, out, grad = (_as_computed(x) for x in (query, key, value, out, _dense_rows(grad)))
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         sums = query.new_zeros(*_room_for_sums(query, key, torch.get_num_threads()), dtype=torch.float32)
         if not isinstance(query, FakeTensor):
@@ -139,7 +146,7 @@ class ByBlocks(torch.autograd.Function):
                        d_query=d_query, d_key=d_key, d_value=d_value)
             if _library().backward(job, query.dtype is torch.bfloat16, sums.data_ptr(), sums.shape[2]):
                 raise MemoryError("No memory for the blocks of attention.")
-        return d_query, d_key, d_value, None, None, None
+        return d_query.to(kind), d_key.to(kind), d_value.to(kind), None, None, None
 
 
 def _room_for_sums(query: torch.Tensor, key: torch.Tensor, threads: int) -> tuple[int, int, int, int, int]:
@@ -148,6 +155,10 @@ def _room_for_sums(query: torch.Tensor, key: torch.Tensor, threads: int) -> tupl
     heads, key_heads = query.shape[1], key.shape[1]
     met = heads // threads + 3
     return threads, 2, min(key_heads, -(-met // (heads // key_heads)) + 1), -(-key.shape[2] // BLOCK) * BLOCK, key.shape[3]
+
+
+def _as_computed(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype is torch.float32 or computes_halves() else x.float()
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:

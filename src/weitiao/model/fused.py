@@ -184,7 +184,7 @@ class LoraLinears(torch.autograd.Function):
         d_x = d_dropped = None
         if ctx.needs_input_grad[0]:
             for grad, weight in zip(grads, weights, strict=True):
-                d_x = grad @ weight if d_x is None else d_x.addmm_(grad, weight)
+                d_x = grad @ weight if d_x is None else torch.addmm(d_x, grad, weight)
             if ctx.same:
                 d_x.addmm_(narrow, stacked)
             d_x = d_x.view(shape)
@@ -193,7 +193,7 @@ class LoraLinears(torch.autograd.Function):
         gradients: list[torch.Tensor | None] = []
         for i, (grad, part, scale) in enumerate(zip(grads, ctx.parts, ctx.scales, strict=True)):
             gradients += [None, grad.sum(0) if ctx.needs_input_grad[4 + 4 * i] else None]
-            gradients += [None, None] if part is None else [d_stacked[part], (grad.t() @ inner[:, part]).mul_(scale)]
+            gradients += [None, None] if part is None else [d_stacked[part], _of_b(grad, inner[:, part], scale)]
         return d_x, d_dropped, None, *gradients
 
 
@@ -315,14 +315,14 @@ class GatedMlp(torch.autograd.Function):
         d_stacked = None if stacked is None else narrow.t() @ x
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (d_gate @ wg).addmm_(d_up, wu)
+            d_x = torch.addmm(d_gate @ wg, d_up, wu)
             if stacked is not None:
                 d_x.addmm_(narrow, stacked)
             d_x = d_x.view(shape[:-1] + x.shape[-1:])
         of_both: list[torch.Tensor | None] = []
         for d, part, scale, is_trained in zip(both, ctx.parts, ctx.scales[:2], trained[:2], strict=True):
             of_both.append(d.t() @ x if is_trained else None)
-            of_both += [None, None] if part is None else [d_stacked[part], (d.t() @ inner[:, part]).mul_(scale)]
+            of_both += [None, None] if part is None else [d_stacked[part], _of_b(d, inner[:, part], scale)]
         return d_x, None, None, *of_both, *of_down
 
 
@@ -351,7 +351,12 @@ def _activated_back(act: Activation, d: torch.Tensor, gate: torch.Tensor, up: to
 
 def _update_gradients(grad, x, narrow, inner, scale: float) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(of a, of b), None where there are none. narrow = scale grad b, inner = x a^T, [N, rank] each."""
-    return (None, None) if narrow is None else (narrow.t() @ x, (grad.t() @ inner).mul_(scale))
+    return (None, None) if narrow is None else (narrow.t() @ x, _of_b(grad, inner, scale))
+
+
+def _of_b(grad: torch.Tensor, inner: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale grad^T inner: [N, out], [N, rank] -> [out, rank]. The wide matrix stands right, where no library wants it transposed."""
+    return torch.mul((inner.t() @ grad).t(), scale, out=grad.new_empty(grad.shape[1], inner.shape[1]))
 
 
 def _chunks(x: torch.Tensor) -> list[slice]:

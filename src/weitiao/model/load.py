@@ -13,7 +13,7 @@ import torch
 
 from weitiao.config import Settings
 from weitiao.errors import SettingError, SourceError
-from weitiao.model import attention, families, offload, quantize
+from weitiao.model import attention, families, offload, products, quantize
 from weitiao.model.families import bloom
 from weitiao.settings.model import ModelSettings
 
@@ -69,6 +69,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     families.of_model(folder)
+    products.use()
     bits = quantize.bits_config(settings, compute or dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -154,7 +154,7 @@ def _add_product(hidden, targets, weights, head, transform, head_parameters, d_h
     """The loss of a chunk; its gradients are added to d_hidden and d_head."""
     logits = F.linear(hidden, head.weight.detach())
     loss, d_logits = (_in_place if transform is as_they_are else _by_graph)(logits, targets, weights, transform)
-    torch.mm(d_logits, head.weight.detach(), out=d_hidden)
+    d_hidden.copy_(d_logits @ head.weight.detach())
     if head_parameters:
         torch.addmm(d_head[0], d_logits.T, hidden, out=d_head[0])
     return loss

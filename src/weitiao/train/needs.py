@@ -22,7 +22,7 @@ from weitiao.config import Settings
 from weitiao.data.packing import padded_passes, trie_passes, trie_rows
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
-from weitiao.model import offload, stream
+from weitiao.model import offload, products, stream
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
 from weitiao.train import memory, stepping
@@ -36,7 +36,7 @@ from weitiao.trie import Example
 Paths = Sequence[Sequence[Example]]  # of each row
 
 FRAMEWORK = {"cpu": 96 << 20, "cuda": 32 << 20}  # libraries that load with the first step; cuBLAS' own room
-# Of a CPU's products in half precision oneDNN keeps the code: 0.76 MiB a shape, of which each size of pass has others; 128 of them (cli.py).
+# Of products by oneDNN, which on a CPU are those in half precision at least, it keeps the code: 0.76 MiB a shape, of which each size of pass has others; 128 of them (cli.py).
 PRODUCTS = 96 << 20
 CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # Of what lives and dies within a step: what an allocator may keep beside it for the next one (PyTorch's on a GPU; a heap of glibc's
@@ -372,7 +372,8 @@ def _part(row: Example, tokens: int) -> Example:
 def libraries(case: Case, target: Target) -> int:
     """Bytes of what is loaded with the first step; products are in half precision where it is computed in, and where weights are held in it."""
     held = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, case.compute)
-    return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and not {case.compute, held}.isdisjoint(loading.HALVES))
+    by_onednn = products.is_quicker() or not {case.compute, held}.isdisjoint(loading.HALVES)
+    return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and by_onednn)
 
 
 def _budget(line: Line, nodes: int, edges: int, target: Target, libraries: int, keeps: float, most: int) -> int:
@@ -469,6 +470,7 @@ def _seconds(
 @functools.lru_cache(maxsize=8)
 def _speeds_here(hidden: int, inner: int, dtype: torch.dtype) -> tuple[float, float]:
     """(flops of a product of the model's own shape, bytes moved by an addition), a second, on this machine's CPU."""
+    products.use()
     a, b = (torch.ones(shape, dtype=dtype) for shape in ((512, hidden), (inner, hidden)))
     x = torch.ones(1 << 23)
 

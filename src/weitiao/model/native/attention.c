@@ -5,15 +5,18 @@
  * queries that see a key are a range of its row. Forward: the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867); backward:
  * algorithm 4 of Dao et al. 2022 (arXiv:2205.14135), a block of queries at a time.
  *
- * float32 goes by vectors; bfloat16 by the matrix tiles of AMX, where they are, with sums in float32.
+ * float32 goes by vectors; bfloat16, with sums in float32, by the matrix tiles of AMX where they are, else by AVX-512's products of pairs.
  * What is added up in which order depends on the number of threads alone.
  */
 
 #include "vectors.h"
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef __AVX512BF16__
+#define HALVES 1
+#ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 #define TILES 1
+#endif
 #endif
 
 #define B 64 /* keys, and queries, of a block */
@@ -371,9 +374,9 @@ static void backward_block(const Job *job, const Seen *seen, Team team, long q0,
     }
 }
 
-/* ------------------------------------------------------------------------------------------------- bfloat16 by matrix tiles */
+/* ----------------------------------------------------------------------------------------------------------------- bfloat16 */
 
-#ifdef TILES
+#ifdef HALVES
 
 static inline half *half_of(const Tensor *t, long head, long row) { return (half *)t->at + head * t->head + row * t->row; }
 static inline half rounded(float x) { /* to the nearest, ties to even */
@@ -381,6 +384,36 @@ static inline half rounded(float x) { /* to the nearest, ties to even */
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 static inline vec eight_and_eight(const half *x) { return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)x)), 16); }
+
+/* c [m][n] (+)= a [m][k] b [k][n]; pairs of b's rows are interleaved, b [k / 2][n][2]. m, n, k: multiples of 32. */
+typedef void Product(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add);
+
+/* Two products of bfloat16 are added to each float32: 4 rows, and so many vectors, at a time. */
+static inline __attribute__((always_inline)) void four_rows_of_pairs(
+    float *c, long ldc, const half *a, long lda, const half *b, long ldb, int vectors, int k, int add) {
+    __m512 sum[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * LANES) : _mm512_setzero_ps();
+    for (int l = 0; l < k; l += 2, b += ldb)
+        for (int r = 0; r < 4; r++) {
+            int32_t pair;
+            memcpy(&pair, a + r * lda + l, sizeof pair);
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b + 2 * v * LANES));
+        }
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + r * ldc + v * LANES, sum[r][v]);
+}
+
+static void product_of_pairs(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add) {
+    for (int i = 0; i < m; i += 4) {
+        int j = 0;
+        for (; j + 4 * LANES <= n; j += 4 * LANES) four_rows_of_pairs(c + i * ldc + j, ldc, a + i * lda, lda, b + 2 * j, ldb, 4, k, add);
+        for (; j < n; j += 2 * LANES) four_rows_of_pairs(c + i * ldc + j, ldc, a + i * lda, lda, b + 2 * j, ldb, 2, k, add);
+    }
+}
+
+#ifdef TILES
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -401,8 +434,7 @@ static void give_tiles_back(const Tiles *before) {
     else _tile_release();
 }
 
-/* c [m][n] (+)= a [m][k] b [k][n]; pairs of b's rows are interleaved, b [k / 2][n][2]. m, n, k: multiples of 32. */
-static void tile_product(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add) {
+static void product_of_tiles(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add) {
     __asm__ volatile("" ::: "memory"); /* the compiler does not know that tiles read what was just written */
     for (int i = 0; i < m; i += 32)
         for (int j = 0; j < n; j += 32) {
@@ -435,6 +467,10 @@ static void tile_product(float *c, long ldc, const half *a, long lda, const half
             _tile_stored(3, c10 + 16, ldc * 4);
         }
 }
+
+#endif
+
+static Product *halves_product = product_of_pairs; /* or, once has_halves() was asked, product_of_tiles */
 
 /* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side. */
 static void pairs_across(half *to, const half *from, long row, int rows, int width) {
@@ -502,7 +538,7 @@ static void lay_out(half *rows, half *across, const Tensor *from, long head, con
     }
 }
 
-static void forward_block_tiles(const Job *job, const Seen *seen, Team team, long q0, const half *key, const half *value_across, float *own) {
+static void forward_block_of_halves(const Job *job, const Seen *seen, Team team, long q0, const half *key, const half *value_across, float *own) {
     int width = job->width, rows = least(B, job->queries - q0);
     long each = B * width + 3 * B + B * width / 2; /* sums, top, total, shrink, query (halves) of a head */
     float *scores = own + team.count * each;
@@ -522,7 +558,7 @@ static void forward_block_tiles(const Job *job, const Seen *seen, Team team, lon
             const half *query = (half *)(shrink + B);
             for (int k = 0; k < B; k += unit) {
                 Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+                halves_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
             }
             softmax_block(job, scores, B, k0, q0, whole, top, top + B, shrink);
             for (int d = 0; d < width; d++)
@@ -530,7 +566,7 @@ static void forward_block_tiles(const Job *job, const Seen *seen, Team team, lon
             narrowed_pairs(weights, scores);
             for (int k = 0; k < B; k += unit) {
                 Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                tile_product(sums + p.from, B, value_across + k0 * width + k, B, weights + k * B + 2 * p.from, 2 * B, width, p.to - p.from, unit, 1);
+                halves_product(sums + p.from, B, value_across + k0 * width + k, B, weights + k * B + 2 * p.from, 2 * B, width, p.to - p.from, unit, 1);
             }
         }
     }
@@ -554,7 +590,7 @@ static inline Own own_of(float *at, long width) {
     return (Own){at, lse, lse + B, query, query + B * width, query + 2 * B * width, query + 3 * B * width};
 }
 
-static void backward_block_tiles(const Job *job, const Seen *seen, Team team, long q0, const half *key, const half *key_across, const half *value,
+static void backward_block_of_halves(const Job *job, const Seen *seen, Team team, long q0, const half *key, const half *key_across, const half *value,
                                  float *memory, float *d_key, float *d_value) {
     int width = job->width, rows = least(B, job->queries - q0);
     float *scores = memory + team.count * own_floats(width), *d_weights = scores + B * B;
@@ -584,8 +620,8 @@ static void backward_block_tiles(const Job *job, const Seen *seen, Team team, lo
             Own own = own_of(memory + h * own_floats(width), width);
             for (int k = 0; k < B; k += unit) {
                 Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                tile_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, own.query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
-                tile_product(d_weights + k * B + p.from, B, value + (k0 + k) * width, width, own.grad + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+                halves_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, own.query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+                halves_product(d_weights + k * B + p.from, B, value + (k0 + k) * width, width, own.grad + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
             }
             weights_block(job, scores, d_weights, B, k0, q0, whole, own.lse, own.delta);
             narrowed(weights, scores);
@@ -594,9 +630,9 @@ static void backward_block_tiles(const Job *job, const Seen *seen, Team team, lo
             for (int k = 0; k < B; k += unit) {
                 Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
                 long at = (k0 + k) * width, place = k * B + p.from, seeing = p.to - p.from;
-                tile_product(d_value + at, width, weights + place, B, own.grad_down + p.from * width, 2 * width, unit, width, seeing, 1);
-                tile_product(d_key + at, width, d_scores + place, B, own.query_down + p.from * width, 2 * width, unit, width, seeing, 1);
-                tile_product(own.d_query + p.from, B, key_across + k0 * width + k, B, pairs + k * B + 2 * p.from, 2 * B, width, seeing, unit, 1);
+                halves_product(d_value + at, width, weights + place, B, own.grad_down + p.from * width, 2 * width, unit, width, seeing, 1);
+                halves_product(d_key + at, width, d_scores + place, B, own.query_down + p.from * width, 2 * width, unit, width, seeing, 1);
+                halves_product(own.d_query + p.from, B, key_across + k0 * width + k, B, pairs + k * B + 2 * p.from, 2 * B, width, seeing, unit, 1);
             }
         }
     }
@@ -611,53 +647,58 @@ static void backward_block_tiles(const Job *job, const Seen *seen, Team team, lo
 
 /* --------------------------------------------------------------------------------------------------------------------- calls */
 
-/* May bfloat16 go by tiles here? Linux hands them to a process that asks. */
-int has_tiles(void) {
+/* Is bfloat16 computed here? If so, from now on by tiles where Linux hands them to a process that asks. */
+int has_halves(void) {
 #ifdef TILES
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0) halves_product = product_of_tiles;
+#endif
+#ifdef HALVES
+    return 1;
 #else
     return 0;
 #endif
 }
 
 /* out and lse from query, key and value. 0: done; 1: no memory. */
-int forward(const Job *job, int tiles) {
+int forward(const Job *job, int halves) {
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
     Seen *seen = divided(job, starts);
     int failed = 0;
     if (!seen) return 1;
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
-        size_t laid_out = tiles ? padded * job->width : 0; /* keys and values, half a float each */
+        size_t laid_out = halves ? padded * job->width : 0; /* keys and values, half a float each */
         float *own = scratch(laid_out + TOGETHER * (2 * B * job->width + 3 * B) + 2 * B * B);
         if (!own) {
             failed = 1;
             continue;
         }
-#ifdef TILES
+#ifdef HALVES
         half *key = (half *)own, *value_across = key + padded * job->width;
         long group = -1;
+#endif
+#ifdef TILES
         Tiles before;
-        if (tiles) take_tiles(&before);
+        if (halves && halves_product == product_of_tiles) take_tiles(&before);
 #endif
         for (long item = starts[thread]; item < starts[thread + 1]; item++) {
             Team team = team_of(job, item / blocks);
             long q0 = item % blocks * B;
-#ifdef TILES
-            if (tiles) {
+#ifdef HALVES
+            if (halves) {
                 if (group != team.group) {
                     group = team.group;
                     lay_out(key, NULL, &job->key, group, job, padded);
                     lay_out(NULL, value_across, &job->value, group, job, padded);
                 }
-                forward_block_tiles(job, seen, team, q0, key, value_across, own + laid_out);
+                forward_block_of_halves(job, seen, team, q0, key, value_across, own + laid_out);
                 continue;
             }
 #endif
             forward_block(job, seen, team, q0, own);
         }
 #ifdef TILES
-        if (tiles) give_tiles_back(&before);
+        if (halves && halves_product == product_of_tiles) give_tiles_back(&before);
 #endif
     }
     free(seen);
@@ -666,7 +707,7 @@ int forward(const Job *job, int tiles) {
 
 /* d_query, d_key and d_value from all the others. sums: zeros, [threads][2][groups][padded][width]; groups: of key heads, as many as a thread
  * meets; padded: keys up to a multiple of 64. */
-int backward(const Job *job, int tiles, float *sums, long groups) {
+int backward(const Job *job, int halves, float *sums, long groups) {
     long blocks = (job->queries + B - 1) / B, padded = (job->keys + B - 1) / B * B, starts[job->threads + 1];
     long each = groups * padded * job->width;
     Seen *seen = divided(job, starts);
@@ -674,17 +715,19 @@ int backward(const Job *job, int tiles, float *sums, long groups) {
     if (!seen) return 1;
 #pragma omp parallel for num_threads(job->threads) schedule(static, 1)
     for (long thread = 0; thread < job->threads; thread++) {
-        size_t laid_out = tiles ? (padded * job->width * 3 + 1) / 2 : 0;
+        size_t laid_out = halves ? (padded * job->width * 3 + 1) / 2 : 0;
         float *own = scratch(laid_out + TOGETHER * (3 * B * job->width + 2 * B) + 4 * B * B), *d_key = sums + thread * 2 * each, *d_value = d_key + each;
         if (!own) {
             failed = 1;
             continue;
         }
-#ifdef TILES
+#ifdef HALVES
         half *key = (half *)own, *key_across = key + padded * job->width, *value = key_across + padded * job->width;
         long group = -1;
+#endif
+#ifdef TILES
         Tiles before;
-        if (tiles) take_tiles(&before);
+        if (halves && halves_product == product_of_tiles) take_tiles(&before);
 #endif
         for (long item = starts[thread]; item < starts[thread + 1]; item++) {
             Team team = team_of(job, item / blocks);
@@ -693,21 +736,21 @@ int backward(const Job *job, int tiles, float *sums, long groups) {
                 failed = 1;
                 break;
             }
-#ifdef TILES
-            if (tiles) {
+#ifdef HALVES
+            if (halves) {
                 if (group != team.group) {
                     group = team.group;
                     lay_out(key, key_across, &job->key, group, job, padded);
                     lay_out(value, NULL, &job->value, group, job, padded);
                 }
-                backward_block_tiles(job, seen, team, q0, key, key_across, value, own + laid_out, d_key + at, d_value + at);
+                backward_block_of_halves(job, seen, team, q0, key, key_across, value, own + laid_out, d_key + at, d_value + at);
                 continue;
             }
 #endif
             backward_block(job, seen, team, q0, own, d_key + at, d_value + at);
         }
 #ifdef TILES
-        if (tiles) give_tiles_back(&before);
+        if (halves && halves_product == product_of_tiles) give_tiles_back(&before);
 #endif
     }
     free(seen);
@@ -726,8 +769,8 @@ int backward(const Job *job, int tiles, float *sums, long groups) {
             for (int d = 0; d < job->width; d++) d_key[d] += key[d] * job->scale, d_value[d] += value[d];
         }
         for (int d = 0; d < job->width; d++) {
-#ifdef TILES
-            if (tiles) {
+#ifdef HALVES
+            if (halves) {
                 half_of(&job->d_key, group, k)[d] = rounded(d_key[d]), half_of(&job->d_value, group, k)[d] = rounded(d_value[d]);
                 continue;
             }
