@@ -97,6 +97,10 @@ WAYS = {"weitiao": by_weitiao, "transformers": by_transformers}
 
 
 def work(args) -> None:
+    if args.way == "transformers":  # as it multiplies in a program of its own
+        from weitiao.model import products
+
+        products.is_quicker = lambda: False
     model, template, prompts, limits, autocast = job_of(args)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from weitiao.model import decode, generate
+from weitiao.model import decode, generate, tails
 from weitiao.model.decode import arrange
 from weitiao.model.generate import Sampling, answers_to, no_decoding
 from weitiao.model.methods import METHODS
@@ -77,6 +77,37 @@ def test_answers_are_those_of_each_prompt_alone(name, at_once, worth, nodes, pro
     expected = [alone(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     assert len({token for ids in expected for token in ids}) > 1
     assert decoded(model, prompts, limits, at_once) == expected
+
+
+@pytest.mark.parametrize(("name", "at_once"), [("llama", 3), ("mistral", 64), ("gemma3", 5)])  # the last two look back a few places only
+def test_tails_by_our_own_kernel_give_the_same_answers(name, at_once, prompts, monkeypatch):
+    if reason := tails.trouble():
+        pytest.skip(reason)
+    monkeypatch.setattr(decode, "WORTH", 1)
+    model = lively(name, head_dim=32)
+    limits = [5 + i for i in range(len(prompts))]
+    expected = [alone(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    called = []
+    attend = tails.attend
+    monkeypatch.setattr(tails, "attend", lambda *given: called.append(given) or attend(*given))
+    assert decoded(model, prompts, limits, at_once) == expected
+    assert called
+
+
+def test_tails_in_bfloat16_take_half_the_room_and_say_the_same(prompts, monkeypatch):
+    if reason := tails.trouble():
+        pytest.skip(reason)
+    model = lively("llama", head_dim=32).bfloat16()
+    made = []
+    larger = decode.Batch._larger
+    monkeypatch.setattr(decode.Batch, "_larger", lambda *given: made.append(larger(*given)) or made[-1])
+    ours = decoded(model, prompts, [3] * len(prompts))
+    assert {tail.dtype for tail in made} == {torch.bfloat16}
+    monkeypatch.setattr(tails, "takes", lambda like: False)
+    made.clear()
+    theirs = decoded(model, prompts, [3] * len(prompts))
+    assert {tail.dtype for tail in made} == {torch.float32}
+    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= len(prompts) - 3  # ties of bfloat16 fall either way
 
 
 def logits_told(model, prompts, limit: int) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from weitiao.data.batch import Plan, trie_batch
+from weitiao.model import tails as own_keys
 from weitiao.model.attention import attend_within, merge, part
 from weitiao.model.load import device_of
 from weitiao.trie import Example, Segment, build_with_paths, common_prefix
@@ -181,9 +182,9 @@ class Row:
 class Batch:
     """The rows being answered and their tails; the memory of a step.
 
-    tails: of each layer [slots, kv_heads, room, d]; row i has slot i. On a CPU they are float32 whatever the rest is: its
-    kernel is more than twice as fast on them where a query is a single token. Room is made for whole answers at once: tails that
-    grow leave holes in the heap, 6 GiB of them where 1.5 are used.
+    tails: of each layer [slots, kv_heads, room, d]; row i has slot i. Where PyTorch's kernel of a CPU reads them they are float32
+    whatever the rest is: it is more than twice as fast on them where a query is a single token. Room is made for whole answers at once:
+    tails that grow leave holes in the heap, 6 GiB of them where 1.5 are used.
     """
 
     goes_on = True
@@ -247,8 +248,7 @@ class Batch:
     ) -> torch.Tensor:
         self.take(layer, (key, value), None, self.row, self.at)
         heads = query[0].unflatten(0, (key.shape[1], -1))  # [kv_heads, group, rows, d]
-        keys, values = (t[: len(self.rows), :, : self.width] for t in self.tails[layer])
-        out, lse = part(heads.permute(2, 0, 1, 3).to(keys.dtype), keys, values, self._tail_mask(keys.dtype, window), scale)
+        out, lse = self._attend_to_tails(layer, query, heads, scale, window)
         for stem, rows in self.stems:
             some = heads if rows is None else heads[:, :, rows]
             o, l = part(some.flatten(1, 2)[None], *stem.kept[layer], self._stem_mask(stem, rows, heads.dtype, window, heads.shape[1]), scale)
@@ -261,6 +261,15 @@ class Batch:
                 out[rows], lse[rows] = theirs
         return out.flatten(1, 2).transpose(0, 1)[None].to(value.dtype)  # [1, heads, rows, d]
 
+    def _attend_to_tails(
+        self, layer: int, query: torch.Tensor, heads: torch.Tensor, scale: float, window: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query [1, kv_heads * group, rows, d], the same as heads [kv_heads, group, rows, d] -> out [rows, kv_heads, group, d] and lse."""
+        if own_keys.takes(query):
+            return own_keys.attend(query, *self.tails[layer], (self.at - window + 1).clamp_(min=0) if window else torch.zeros_like(self.at), self.at, scale)
+        keys, values = (t[: len(self.rows), :, : self.width] for t in self.tails[layer])
+        return part(heads.permute(2, 0, 1, 3).to(keys.dtype), keys, values, self._tail_mask(keys.dtype, window), scale)
+
     def last(self, layer: int) -> tuple[torch.Tensor, ...]:
         return tuple(v[None] for v in self.vectors[layer])
 
@@ -271,6 +280,9 @@ class Batch:
         """Nodes of [1, kv_heads, T, d] (None: all) -> places `at` of the tails of `rows`."""
         tails = self._tails(layer, pair)
         for tail, new in zip(tails, pair, strict=True):
+            if own_keys.takes(new):
+                own_keys.put(tail, new[0], nodes, rows, at)
+                continue
             new = new[0].transpose(0, 1)
             tail[rows, :, at] = (new if nodes is None else new[nodes]).to(tail.dtype)
 
@@ -288,7 +300,8 @@ class Batch:
     def _larger(self, slots: int, like: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
         shape = max(slots, len(self.rows)), like.shape[1], self.room, like.shape[3]
         if self.device.type == "cpu":  # numpy's zeros take no memory before they are written
-            made = torch.from_numpy(np.zeros(shape, np.float64 if like.dtype == torch.float64 else np.float32))
+            kind = like.dtype if own_keys.takes(like) or like.dtype is torch.float64 else torch.float32
+            made = torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * kind.itemsize), np.uint8)).view(kind)
         else:
             made = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if old is not None:

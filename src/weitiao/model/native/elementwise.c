@@ -6,26 +6,6 @@
 
 #include "vectors.h"
 
-typedef uint16_t sixteen_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-static inline vec get(const void *from, long i, int halves) {
-    if (!halves) return *(const vec *)((const float *)from + i);
-    return (vec)(__builtin_convertvector(*(const sixteen_halves *)((const half *)from + i), bits) << 16);
-}
-
-static inline float one_of(const half *x) { return (union { uint32_t bits; float number; }){(uint32_t)*x << 16}.number; }
-
-/* Rounded to the nearest, ties to even; what is no number stays none. */
-static inline void put(void *to, long i, vec x, int halves) {
-    if (!halves) {
-        *(vec *)((float *)to + i) = x;
-        return;
-    }
-    bits number = (bits)x, none = (bits)(x != x) & 0x7fc0, up = (number + 0x7fff + (number >> 16 & 1)) >> 16;
-    *(sixteen_halves *)((half *)to + i) = __builtin_convertvector(none | (up & (bits)(x == x)), sixteen_halves);
-}
-
 static inline vec sigmoid(vec x) {
     vec size = choose(x > 0.0f, x, -x), t = exp2_of(-size * LOG2E), each = 1.0f / (1.0f + t);
     return choose(x > 0.0f, each, t * each);

@@ -46,3 +46,24 @@ static inline vec exp2_of(vec x) {
     p = p * r + 1.0f;
     return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-64.0f), _CMP_NLE_UQ), (__m512)p, (__m512)whole);
 }
+
+/* Memory holds float32 or, where halves is 1, bfloat16. */
+typedef uint16_t sixteen_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vec get(const void *from, long i, int halves) {
+    if (!halves) return *(const vec *)((const float *)from + i);
+    return (vec)(__builtin_convertvector(*(const sixteen_halves *)((const half *)from + i), bits) << 16);
+}
+
+static inline float one_of(const half *x) { return (union { uint32_t bits; float number; }){(uint32_t)*x << 16}.number; }
+
+/* Rounded to the nearest, ties to even; what is no number stays none. */
+static inline void put(void *to, long i, vec x, int halves) {
+    if (!halves) {
+        *(vec *)((float *)to + i) = x;
+        return;
+    }
+    bits number = (bits)x, none = (bits)(x != x) & 0x7fc0, up = (number + 0x7fff + (number >> 16 & 1)) >> 16;
+    *(sixteen_halves *)((half *)to + i) = __builtin_convertvector(none | (up & (bits)(x == x)), sixteen_halves);
+}
