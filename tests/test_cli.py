@@ -459,6 +459,22 @@ def test_evaluate(weitiao, finished):
     assert "exact_match" in out
 
 
+def test_a_file_with_columns_of_its_own_is_measured_and_answered(weitiao, finished, tmp_path):
+    (tmp_path / "other.jsonl").write_text("".join(f'{{"question": "What is {i} and 3?", "reply": "{i + 3}"}}\n' for i in range(4)))
+    columns = "data.columns={instruction: question, output: reply}"
+    code, _, err = weitiao("evaluate", finished, "--data", "other.jsonl")
+    assert code == 2 and "data.columns=" in err
+    code, out, err = weitiao("evaluate", finished, "--data", "other.jsonl", columns, "--max-new-tokens", 3)
+    assert code == 0, err
+    assert [json.loads(line)["reference"] for line in (finished / "samples.jsonl").read_text().splitlines()] == ["3", "4", "5", "6"]
+    code, out, err = weitiao("generate", finished, "--file", "other.jsonl", columns, "--max-new-tokens", 3)
+    assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == [f"What is {i} and 3?" for i in range(4)], err
+    for command, given, said in (("evaluate", [columns], "Expected --data beside it"), ("generate", ["--prompt", "x", columns], "Expected --file beside it"),
+                                 ("evaluate", ["--data", "other.jsonl", "data.system=x"], "data.columns={…} alone")):
+        code, _, err = weitiao(command, finished, *given)
+        assert code == 2 and said in err
+
+
 def test_generate_takes_prompts_and_files_and_greedy_twice_is_the_same(weitiao, finished, tmp_path, rows_file):
     first = weitiao("generate", finished, "--prompt", "What is 3 and 3?", "--max-new-tokens", 12)
     assert first[0] == 0 and first == weitiao("generate", finished, "--prompt", "What is 3 and 3?", "--max-new-tokens", 12)

@@ -65,7 +65,7 @@ def train(
     first = words.pop(0) if words and "=" not in words[0] else None
     if resume:
         if first is None or words or model or data or output or show_model or force:
-            raise SettingError("--resume takes a run folder and nothing else.", next_step="weitiao train RUN --resume")
+            raise SettingError("--resume takes a run folder and nothing else.", next_step=f"weitiao train {first or 'RUN'} --resume")
         from weitiao.screen import quiet_libraries
         from weitiao.train.folder import RunFolder
 
@@ -256,9 +256,13 @@ def chat(
     talk(run, max_new_tokens, temperature, top_p, system)
 
 
+Columns = Annotated[list[str] | None, typer.Argument(help="Which columns of the file are which, where they are not the run's: data.columns='{output: answer}'.", metavar="[data.columns={…}]", show_default=False)]
+
+
 @app.command()
 def generate(
     run: Run,
+    columns: Columns = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     file: Annotated[str | None, typer.Option(help="Prompts: a text file with one a line, or rows in any format weitiao reads.")] = None,
     output: Annotated[str | None, typer.Option(help="Write {prompt, answer} lines here, as JSON lines.")] = None,
@@ -269,14 +273,16 @@ def generate(
     batch_size: Annotated[int | None, typer.Option(help="Prompts answered at once.  [default: 64, or fewer where memory is short]", min=1, show_default=False)] = None,
 ) -> None:
     """Answer one prompt, or a file of them."""
+    from weitiao import config
     from weitiao.use.chat import generate as answer
 
-    answer(run, prompt or [], file, output, max_new_tokens, temperature, top_p, system, batch_size)
+    answer(run, prompt or [], file, output, max_new_tokens, temperature, top_p, system, batch_size, config.read_columns(columns or []))
 
 
 @app.command()
 def evaluate(
     run: Run,
+    columns: Columns = None,
     data: Annotated[str | None, typer.Option(help="Rows to measure on.  [default: the run's own data.eval]", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(help="Answer this many of them.  [default: all]", min=1, show_default=False)] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the untuned model beside it.")] = False,
@@ -284,9 +290,10 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Rows answered at once.  [default: 64, or fewer where memory is short]", min=1, show_default=False)] = None,
 ) -> None:
     """Loss, perplexity, exact match, field F1 where the answers are JSON; accuracy and confusion of labels."""
+    from weitiao import config
     from weitiao.use.evaluate import evaluate as measure
 
-    measure(run, data, rows, base, max_new_tokens, batch_size)
+    measure(run, data, rows, base, max_new_tokens, batch_size, config.read_columns(columns or []))
 
 
 @app.command()

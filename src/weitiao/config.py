@@ -193,6 +193,14 @@ def without_rows(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "data": others | {"train": NO_ROWS}}
 
 
+def read_columns(words: Sequence[str]) -> dict[str, str]:
+    """data.columns, of a command whose other settings are a run's own."""
+    values = gather(None, words)
+    if set(values) - {"data"} or set(values.get("data", {})) - {"columns"}:
+        raise SettingError(f"Found {' '.join(words)!r}.", "Expected data.columns={…} alone: all else is as the run was trained.")
+    return parse(without_rows(values)).data.columns
+
+
 def parse(values: Mapping[str, Any]) -> Settings:
     """Settings from plain values; every mistake in them is told in one message."""
     try:

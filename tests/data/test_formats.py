@@ -182,8 +182,8 @@ def test_unknown_columns_are_refused_with_file_and_row():
         "  messages     messages\n"
         "  sharegpt     conversations\n"
         "  instruction  instruction and output\n"
-        "  completion   completion and prompt, or prompt and response, or answer and question, or query and response, or input and output\n"
-        "  label        label and text\n"
+        "  completion   prompt and completion, or prompt and response, or question and answer, or query and response, or input and output\n"
+        "  label        text and label\n"
         "Rename them, or say which is which: data.columns='{instruction: …, output: …}'."
     )
 

@@ -28,8 +28,8 @@ class CannotTeach(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    columns: tuple[frozenset[str], ...]
-    """Any of these sets of columns gives the format away."""
+    columns: tuple[tuple[str, ...], ...]
+    """Columns that all have to be there; any of these gives the format away."""
     convert: Callable[[Mapping[str, Any], DataSettings], Conversation]
 
 
@@ -82,11 +82,11 @@ def _label(fields: Mapping[str, Any], settings: DataSettings) -> Conversation:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format((frozenset({"messages"}),), _messages),
-    "sharegpt": Format((frozenset({"conversations"}),), _sharegpt),
-    "instruction": Format((frozenset({"instruction", "output"}),), _instruction),
-    "completion": Format(tuple(frozenset(pair) for pair in COMPLETION_PAIRS), _completion),
-    "label": Format((frozenset({"text", "label"}),), _label),
+    "messages": Format((("messages",),), _messages),
+    "sharegpt": Format((("conversations",),), _sharegpt),
+    "instruction": Format((("instruction", "output"),), _instruction),
+    "completion": Format(COMPLETION_PAIRS, _completion),
+    "label": Format((("text", "label"),), _label),
 }
 
 ROLES = {
@@ -118,11 +118,11 @@ def detect(rows: Iterable[Row], settings: DataSettings) -> str:
         first = first or row
         names = set(rename(row.fields, settings.columns))
         for name, kind in wanted.items():
-            if any(columns <= names for columns in kind.columns):
+            if any(set(columns) <= names for columns in kind.columns):
                 return name
     assert first is not None, "a source without rows is refused when it is read"
-    known = "\n".join(f"  {name:13}{', or '.join(' and '.join(sorted(c)) for c in kind.columns)}" for name, kind in wanted.items())
-    ours = ["instruction", "output"] if "instruction" in wanted else sorted(next(iter(wanted.values())).columns[0])
+    known = "\n".join(f"  {name:13}{', or '.join(' and '.join(c) for c in kind.columns)}" for name, kind in wanted.items())
+    ours = ["instruction", "output"] if "instruction" in wanted else next(iter(wanted.values())).columns[0]
     raise RowError(
         f"{first.where} has the columns {', '.join(map(str, first.fields))}.",
         f"Expected columns of {'one of these formats' if len(wanted) > 1 else 'this format'}:\n{known}",
@@ -138,7 +138,7 @@ def convert(row: Row, format: str, settings: DataSettings) -> Conversation:
     """
     fields = rename(row.fields, settings.columns)
     kind = FORMATS[format]
-    if not any(columns <= set(fields) for columns in kind.columns):
+    if not any(set(columns) <= set(fields) for columns in kind.columns):
         raise CannotTeach(f"its columns are {', '.join(map(str, fields))}")
     conversation = kind.convert(fields, settings)
     if settings.system and conversation.messages[0].role != "system":

@@ -211,7 +211,10 @@ class Reader:
             peeked += islice(rows, PEEKED)
             format = detect(peeked, data)
         except RowError as error:
-            self.unknown.append(of_unknown(error, peeked[0]) if peeked else of_error("no_rows", error))
+            if peeked:
+                self.unknown.append(of_unknown(error, peeked[0]))
+            elif not any(place.rpartition(":")[0] == source.path or place == source.path for tally in self.broken.values() for place in tally.where):
+                self.unknown.append(of_error("no_rows", error))  # nor lines that cannot be read, which are told by themselves
             return None
         return Opened(peeked, rows, format, names_of_labels(source, format, data))
 
@@ -327,7 +330,7 @@ def show(told: Report, screen: Screen) -> None:
             if text:
                 screen.indent(text)
     if told.findings:
-        screen.tell(f"\n{tally_of(told)} in {rows}, {duration(told.seconds)}.")
+        screen.tell(f"\n{tally_of(told)}{f' in {rows}' if told.rows else ''}, {duration(told.seconds)}.")
 
 
 def places(finding: Finding) -> str:

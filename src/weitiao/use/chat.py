@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,16 +84,18 @@ def answer(trained: Trained, messages: Messages, sampling: Sampling, screen: Scr
 
 def generate(
     run: str, prompts: list[str], file: str | None, output: str | None, max_new_tokens: int, temperature: float,
-    top_p: float, system: str | None, batch_size: int | None,
+    top_p: float, system: str | None, batch_size: int | None, columns: Mapping[str, str] | None = None,
 ) -> None:
-    """Answer prompts; print them, or write {prompt, answer} lines to `output`."""
+    """Answer prompts; print them, or write {prompt, answer} lines to `output`. columns: which are which in `file`, where they are not the run's."""
     if not file and not any(prompt.strip() for prompt in prompts):
         raise SettingError("There is nothing to answer.", "Expected --prompt TEXT or --file FILE.")
     if output:
         refuse_target(Path(output))
     asked = [Conversation((Message("user", p),)) for p in prompts]
+    if columns and not file:
+        raise SettingError("data.columns says which columns of a file are which, and none is named.", "Expected --file beside it.")
     if file:  # before the model is loaded: it may not be there
-        asked += read_prompts(file, open_run(run)[0].settings().data)
+        asked += read_prompts(file, open_run(run)[0].settings().data.with_columns(columns or {}))
     quiet_libraries()
     screen = Screen()
     trained = open_trained(run, screen)

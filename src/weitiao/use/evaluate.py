@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weitiao import metrics
 from weitiao.data.dataset import Dataset, skipped_summary
 from weitiao.data.glance import glance
 from weitiao.data.stored import TrainingRow
-from weitiao.errors import RunError
+from weitiao.errors import RunError, SettingError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.settings.data import Source
 from weitiao.settings.results import EvaluationSettings
@@ -19,14 +19,21 @@ from weitiao.train.evaluation import answer_and_score, label_prompts, label_samp
 from weitiao.train.folder import RunFolder, open_run, write_text
 from weitiao.use.trained import Trained, open_trained
 
+NONE: Mapping[str, str] = {}
 
-def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int | None) -> None:
-    """Measure a run on its own rows set aside, or on others; write samples.jsonl and scores.json into the run folder."""
-    refuse_no_rows(open_run(path)[0], data)
+
+def evaluate(
+    path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int | None, columns: Mapping[str, str] = NONE,
+) -> None:
+    """Measure a run on its own rows set aside, or on others; write samples.jsonl and scores.json into the run folder.
+
+    columns: which are which in `data`, where they are not the run's.
+    """
+    refuse_no_rows(open_run(path)[0], data, columns)
     quiet_libraries()
     screen = Screen()
     trained = open_trained(path, screen)
-    measured = rows_to_measure(trained, data, screen)
+    measured = rows_to_measure(trained, data, screen, columns)
     asked = EvaluationSettings(rows=rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
     results = {}
     if base:
@@ -38,21 +45,23 @@ def evaluate(path: str, data: str | None, rows: int | None, base: bool, max_new_
     show(results, len(measured), screen)
 
 
-def refuse_no_rows(run: RunFolder, data: str | None) -> None:
+def refuse_no_rows(run: RunFolder, data: str | None, columns: Mapping[str, str]) -> None:
     """Told before the model is loaded: the file named is not there, or the run has none of its own."""
     settings = run.settings().data
     if data:
-        glance(Source(path=data), settings)
+        glance(Source(path=data), settings.with_columns(columns))
+    elif columns:
+        raise SettingError("data.columns says which columns of a file are which, and none is named.", "Expected --data beside it.")
     elif not (settings.eval or settings.eval_share):
         raise RunError(f"{run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
                        f"Name some: weitiao evaluate {run.path} --data rows.jsonl")
 
 
-def rows_to_measure(trained: Trained, data: str | None, screen: Screen) -> Dataset:
+def rows_to_measure(trained: Trained, data: str | None, screen: Screen, columns: Mapping[str, str] = NONE) -> Dataset:
     """Rows of a file, else the run's data.eval, else the share it set aside."""
     settings = trained.settings
     if data:
-        found = trained.read([Source(path=data)], screen.progress)
+        found = trained.read([Source(path=data)], screen.progress, columns=columns)
         if found.skipped:
             screen.tell(f"{len(found.skipped)} rows cannot be measured:\n{skipped_summary(found.skipped)}", style="yellow")
         return found

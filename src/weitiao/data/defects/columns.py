@@ -50,7 +50,7 @@ def _foreign_columns(read: Read) -> str | None:
 def _is_format(columns: Mapping[str, str], fields: Mapping[str, Any]) -> bool:
     """Do the names make a format, with those of `columns` in the place of theirs?"""
     names = (set(fields) - set(columns.values())) | set(columns)
-    return any(needed <= names for kind in FORMATS.values() for needed in kind.columns)
+    return any(set(needed) <= names for kind in FORMATS.values() for needed in kind.columns)
 
 
 def _paired(columns: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, str]:
