@@ -41,7 +41,7 @@ def least(ways: dict[str, Callable], pairs: list, calls: int) -> dict[str, float
 
 
 def shapes(calls: int) -> None:
-    print(f"{'':10}{'rows':>6}{'':4}x W^T: MKL, oneDNN, times    g W: MKL, oneDNN, times    off from float64: MKL, oneDNN   taken")
+    print(f"{'':10}{'rows':>6}{'':4}x W^T: MKL, oneDNN, times    g W: MKL, oneDNN, times    g^T x: MKL, oneDNN, times    off from float64: MKL, oneDNN   taken")
     ways = {"mkl": by_mkl, "onednn": by_onednn}
     for name, (k, n) in LAYERS.items():
         for rows in ROWS:
@@ -51,12 +51,12 @@ def shapes(calls: int) -> None:
             x, g = torch.randn(rows, k), torch.randn(rows, n)
             there = least(ways, [(x, w.t()) for w in weights], calls)
             back = least(ways, [(g, w) for w in weights], calls)
+            learned = least(ways | {"onednn": lambda a, b: by_onednn(a.contiguous(), b)}, [(g.t(), x)], calls)
             exact = x.double() @ weights[0].double().t()
             off = [float((way(x, weights[0].t()) - exact).abs().max() / exact.abs().max()) for way in ways.values()]
-            rates = [[2e-9 * rows * k * n / one[way] for way in ways] for one in (there, back)]
+            rates = [[2e-9 * rows * k * n / one[way] for way in ways] for one in (there, back, learned)]
             print(f"{name:10}{rows:6}{'':8}" + "        ".join(f"{mkl:6.0f} {onednn:6.0f} {onednn / mkl:5.2f}" for mkl, onednn in rates)
                   + f"        {off[0]:.1e} {off[1]:.1e}   {products._takes(x, weights[0].t())}", flush=True)
-
 
 
 def main() -> None:

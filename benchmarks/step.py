@@ -28,6 +28,7 @@ from unittest import mock
 from jobs import Job, Watch, as_weitiao_reads, training_of
 
 DEFAULT = ["resume/lora/fp32", "resume/lora/bf16"]
+WAYS = ["products", "attention", "elementwise", "together", "fused"]
 STEP = 2
 
 
@@ -39,7 +40,7 @@ def ways() -> dict[str, Callable[[], object]]:
         return False
 
     return {
-        "products": lambda: mock.patch.object(products, "_takes", no),
+        "products": lambda: mock.patch.object(products, "_takes", no),  # nothing is copied for it then, either
         "attention": lambda: mock.patch.dict(attention.OWN, {"cpu": lambda *args: None}),
         "elementwise": lambda: mock.patch.object(elementwise, "takes", no),
         "together": lambda: mock.patch.object(fused.OneInput, "together", lambda self, x: {}),
@@ -79,15 +80,17 @@ def measure(job: Job, data: Path, without: Sequence[str], calls: int) -> None:
                 seconds[there].append(took)
         ours, plain = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours, plain))
         with_it, without_it = (statistics.median(seconds[there][1:]) for there in (True, False))
-        print(f"  {name:12} with {with_it:.2f} s, without {without_it:.2f} s: {without_it / with_it:.2f} times as fast "
-              f"({', '.join(f'{b / a:.2f}' for a, b in zip(seconds[True][1:], seconds[False][1:]))}); gradients {float((ours - plain).norm() / plain.norm()):.1e} apart", flush=True)
+        each = ", ".join(f"{b / a:.2f}" for a, b in zip(seconds[True][1:], seconds[False][1:]))
+        apart = float((ours - plain).norm() / plain.norm())
+        print(f"  {name:12} with {with_it:.2f} s, without {without_it:.2f} s: {without_it / with_it:.2f} times as fast ({each}); "
+              f"gradients {apart:.1e} apart", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--jobs", nargs="+", default=DEFAULT)
-    parser.add_argument("--without", nargs="+", default=["products", "attention", "elementwise", "together", "fused"])
+    parser.add_argument("--without", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--calls", type=int, default=6)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -99,8 +102,8 @@ def main() -> None:
             torch.set_num_threads(options.threads)
         return measure(Job.named(options.jobs[0]), options.data, options.without, options.calls)
     for name in options.jobs:
-        subprocess.run([sys.executable, __file__, "--child", "--data", options.data, "--jobs", name, "--calls", str(options.calls), "--without", *options.without,
-                        *(["--threads", str(options.threads)] if options.threads else [])], check=True)
+        subprocess.run([sys.executable, __file__, "--child", "--data", options.data, "--jobs", name, "--calls", str(options.calls),
+                        "--without", *options.without, *(["--threads", str(options.threads)] if options.threads else [])], check=True)
 
 
 if __name__ == "__main__":

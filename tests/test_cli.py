@@ -470,7 +470,8 @@ def test_a_file_with_columns_of_its_own_is_measured_and_answered(weitiao, finish
     code, out, err = weitiao("generate", finished, "--file", "other.jsonl", columns, "--max-new-tokens", 3)
     assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == [f"What is {i} and 3?" for i in range(4)], err
     for command, given, said in (("evaluate", [columns], "Expected --data beside it"), ("generate", ["--prompt", "x", columns], "Expected --file beside it"),
-                                 ("evaluate", ["--data", "other.jsonl", "data.system=x"], "data.columns={…} alone")):
+                                 ("evaluate", ["--data", "other.jsonl", "data.system=x"], "all else is as it was trained"), ("evaluate", ["data="], "Found 'data='"),
+                                 ("evaluate", ["other.jsonl"], "A file is named by --data"), ("generate", ["What is 2?"], "a prompt by --prompt")):
         code, _, err = weitiao(command, finished, *given)
         assert code == 2 and said in err
 

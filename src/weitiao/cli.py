@@ -32,6 +32,8 @@ def _is_run(run: str) -> str:
 
 
 Run = Annotated[str, typer.Argument(help="A run folder, or RUN/checkpoints/N.", metavar="RUN", callback=_is_run)]
+Columns = Annotated[list[str] | None, typer.Argument(
+    help="Which columns of the file are which, where they are not the run's: data.columns='{output: answer}'.", metavar="[data.columns={…}]", show_default=False)]
 MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens; the prompt is not counted.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0: greedy, the same text each time; higher: more varied.", min=0)]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.", min=0.01, max=1)]
@@ -256,9 +258,6 @@ def chat(
     talk(run, max_new_tokens, temperature, top_p, system)
 
 
-Columns = Annotated[list[str] | None, typer.Argument(help="Which columns of the file are which, where they are not the run's: data.columns='{output: answer}'.", metavar="[data.columns={…}]", show_default=False)]
-
-
 @app.command()
 def generate(
     run: Run,
@@ -274,9 +273,11 @@ def generate(
 ) -> None:
     """Answer one prompt, or a file of them."""
     from weitiao import config
+
+    named = config.read_columns(columns or [], file, "--file")
     from weitiao.use.chat import generate as answer
 
-    answer(run, prompt or [], file, output, max_new_tokens, temperature, top_p, system, batch_size, config.read_columns(columns or []))
+    answer(run, prompt or [], file, output, max_new_tokens, temperature, top_p, system, batch_size, named)
 
 
 @app.command()
@@ -291,9 +292,11 @@ def evaluate(
 ) -> None:
     """Loss, perplexity, exact match, field F1 where the answers are JSON; accuracy and confusion of labels."""
     from weitiao import config
+
+    named = config.read_columns(columns or [], data, "--data")
     from weitiao.use.evaluate import evaluate as measure
 
-    measure(run, data, rows, base, max_new_tokens, batch_size, config.read_columns(columns or []))
+    measure(run, data, rows, base, max_new_tokens, batch_size, named)
 
 
 @app.command()
@@ -357,7 +360,7 @@ def every_command(
 # What torch reads with its first tensor and its first product; see benchmarks/results.md for both.
 TORCH_READS = {
     "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on huge pages, where Linux has them: a quarter less time and memory on a CPU
-    # Of products in bf16, 0.8 MiB of code is kept for each shape, and every size of pass brings new ones: 16 a pass in full tuning, 26 with LoRA.
+    # Of products in bf16, and in float32 by oneDNN, 0.8 MiB of code is kept for each shape, and every size of pass brings new ones: 16 a pass in full tuning, 26 with LoRA.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128",
 }
 

@@ -193,12 +193,19 @@ def without_rows(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "data": others | {"train": NO_ROWS}}
 
 
-def read_columns(words: Sequence[str]) -> dict[str, str]:
-    """data.columns, of a command whose other settings are a run's own."""
-    values = gather(None, words)
-    if set(values) - {"data"} or set(values.get("data", {})) - {"columns"}:
-        raise SettingError(f"Found {' '.join(words)!r}.", "Expected data.columns={…} alone: all else is as the run was trained.")
-    return parse(without_rows(values)).data.columns
+def read_columns(words: Sequence[str], file: str | None, option: str) -> dict[str, str]:
+    """data.columns of the file that an option names, for a command whose other settings are a run's own.
+
+    Raises:
+        SettingError: the words say something else, or no file is named.
+    """
+    for word in words:
+        if not word.startswith("data.columns="):
+            raise SettingError(f"Found {word!r}.", "Expected nothing beside the run, its options and data.columns={…}: all else is as it was trained.",
+                               "A file is named by --data (evaluate) or --file (generate), a prompt by --prompt." if "=" not in word else "")
+    if words and not file:
+        raise SettingError("data.columns says which columns of a file are which, and no file is named.", f"Expected {option} beside it.")
+    return parse(without_rows(gather(None, words))).data.columns
 
 
 def parse(values: Mapping[str, Any]) -> Settings:

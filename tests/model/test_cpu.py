@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -157,6 +159,30 @@ def test_a_compiler_that_fails_is_named_with_what_it_says(anew, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     assert cpu.trouble(torch.float32) == f"{broken} ends with 3: cannot do that"
+
+
+@pytest.mark.parametrize("without", ["-mno-amx-bf16", "-mno-avx512bf16"])  # products of pairs; none of bfloat16 at all
+def test_processors_that_lack_something_compute_bfloat16_as_well(without, plan, anew, monkeypatch):
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, without))
+    if reason := cpu.trouble(torch.bfloat16):
+        pytest.skip(reason)
+    assert not (without == "-mno-avx512bf16" and cpu.computes_halves())
+    assert off(plan, torch.bfloat16, prefix=3) < KINDS[torch.bfloat16]
+
+
+def test_what_goes_by_tiles_is_built_everywhere(tmp_path):
+    """A processor without them cannot run it, but its compiler sees it."""
+    try:
+        compiler = compiled.compiler()
+    except compiled.NotBuilt as reason:
+        pytest.skip(str(reason))
+    source = next(file for file in compiled.FILES if file.name == "attention.c")
+    flags = ["-march=sapphirerapids" if flag == "-march=native" else flag for flag in compiled.FLAGS]
+    probe = subprocess.run([compiler, *flags, "-E", "-dM", "-x", "c", os.devnull], capture_output=True, text=True)
+    if "__AMX_BF16__" not in probe.stdout:
+        pytest.skip(f"{compiler} knows no tiles")
+    done = subprocess.run([compiler, *flags, "-Wall", "-Werror", "-c", str(source), "-o", str(tmp_path / "tiles.o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_narrower_vectors_are_left_to_pytorch(anew, monkeypatch):

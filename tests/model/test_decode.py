@@ -79,18 +79,34 @@ def test_answers_are_those_of_each_prompt_alone(name, at_once, worth, nodes, pro
     assert decoded(model, prompts, limits, at_once) == expected
 
 
-@pytest.mark.parametrize(("name", "at_once"), [("llama", 3), ("mistral", 64), ("gemma3", 5)])  # the last two look back a few places only
+WIDE = {"bloom": {"hidden_size": 64}, "gpt2": {"n_embd": 64}}  # heads of 16
+
+
+@pytest.mark.parametrize(("name", "at_once"), [("llama", 3), ("mistral", 64), ("gemma3", 5), ("bloom", 4), ("gpt2", 64)])  # the second and third look back a few places only
 def test_tails_by_our_own_kernel_give_the_same_answers(name, at_once, prompts, monkeypatch):
     if reason := tails.trouble():
         pytest.skip(reason)
     monkeypatch.setattr(decode, "WORTH", 1)
-    model = lively(name, head_dim=32)
+    model = lively(name, **WIDE.get(name, {"head_dim": 32}))
     limits = [5 + i for i in range(len(prompts))]
     expected = [alone(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     called = []
     attend = tails.attend
     monkeypatch.setattr(tails, "attend", lambda *given: called.append(given) or attend(*given))
     assert decoded(model, prompts, limits, at_once) == expected
+    assert called or name == "bloom"  # whose keys are wider than its values: they hold the distances
+
+
+@pytest.mark.parametrize("settings", [PromptSettings(init="random", virtual_tokens=5), PrefixSettings(init="random", virtual_tokens=5)], ids=["prompt", "prefix"])
+def test_tails_by_our_own_kernel_stand_behind_virtual_tokens(settings, prompts, monkeypatch):
+    if reason := tails.trouble():
+        pytest.skip(reason)
+    monkeypatch.setattr(decode, "WORTH", 1)
+    model = METHODS[settings.name].attach(lively("llama", head_dim=32), settings, 0).eval()
+    called = []
+    attend = tails.attend
+    monkeypatch.setattr(tails, "attend", lambda *given: called.append(given) or attend(*given))
+    logits_told(model, prompts, 6)
     assert called
 
 
@@ -103,7 +119,7 @@ def test_tails_in_bfloat16_take_half_the_room_and_say_the_same(prompts, monkeypa
     monkeypatch.setattr(decode.Batch, "_larger", lambda *given: made.append(larger(*given)) or made[-1])
     ours = decoded(model, prompts, [3] * len(prompts))
     assert {tail.dtype for tail in made} == {torch.bfloat16}
-    monkeypatch.setattr(tails, "takes", lambda like: False)
+    monkeypatch.setattr(tails, "takes", lambda *given: False)
     made.clear()
     theirs = decoded(model, prompts, [3] * len(prompts))
     assert {tail.dtype for tail in made} == {torch.float32}

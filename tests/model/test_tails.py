@@ -29,7 +29,7 @@ def drawn(kind, rows=5, key_heads=2, group=3, width=64, room=200):
 @pytest.mark.parametrize("shape", [{}, {"group": 1}, {"group": 4}, {"group": 9, "key_heads": 1}, {"width": 16}, {"width": 80}, {"width": 128}, {"width": 256},
                                    {"room": 8}, {"room": 64}, {"room": 1000, "rows": 2}, {"rows": 2, "key_heads": 7}], ids=str)
 def test_each_row_attends_from_its_first_place_to_its_last(kind, shape):
-    query, keys, values, first, last = drawn(kind, **shape) if shape != {"room": 8} else drawn(kind, room=8)
+    query, keys, values, first, last = drawn(kind, **shape)
     out, lse = tails.attend(query, keys, values, first, last, 0.2)
     assert out.dtype is lse.dtype is torch.float32 and out.shape[:3] == lse.shape
     for row in range(len(first)):
@@ -75,6 +75,10 @@ def test_nodes_are_put_where_they_belong(kind):
     tails.put(keys, new[:, :3], None, rows[:3], at[:3].int())
     expected[rows[:3], :, at[:3]] = new.transpose(0, 1)[:3]
     assert torch.equal(keys, expected)
+    for wrong in ((torch.tensor([50]), rows[:1], at[:1]), (nodes[:1], torch.tensor([6]), at[:1]), (nodes[:1], rows[:1], torch.tensor([200])), (nodes[:1], rows[:1], torch.tensor([-1]))):
+        with pytest.raises(IndexError):
+            tails.put(keys, new, *wrong)
+    assert torch.equal(keys, expected)
 
 
 def test_one_thread_gives_the_same_bits(kind):
@@ -96,6 +100,11 @@ def test_what_it_does_not_compute_is_left_to_others(kind_of_keys, width, taken):
     if reason := tails.trouble():
         pytest.skip(reason)
     assert tails.takes(torch.zeros(1, 1, 1, width, dtype=kind_of_keys)) is taken
+
+
+def test_keys_and_values_of_different_width_are_left_to_others():
+    assert not tails.takes(torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, 16))
+    assert not tails.takes(torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, 32).bfloat16())
 
 
 def test_without_a_compiler_it_says_why(monkeypatch):

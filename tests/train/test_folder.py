@@ -124,12 +124,15 @@ def test_names_are_numbered(tmp_path):
     assert free_name(tmp_path, "rows").name == "rows-3"
 
 
-def test_open_run_takes_a_run_or_one_of_its_checkpoints(run):
+def test_open_run_takes_a_run_or_one_of_its_checkpoints(run, capsys):
     with pytest.raises(RunError, match="has learned nothing yet"):
         open_run(run.path)
     run.save_checkpoint(7, writer(), 2, set())
-    assert open_run(run.path)[1] == run.checkpoints_folder / "7"
     assert open_run(run.checkpoints_folder / "7")[0] == run
+    assert not capsys.readouterr().err
+    assert open_run(run.path)[1] == open_run(run.path)[1] == run.checkpoints_folder / "7"
+    told = capsys.readouterr()
+    assert not told.out and told.err.count("has not finished; what it had learned by step 7 is taken") == 1 and f"weitiao train {run.path} --resume" in told.err
     with pytest.raises(RunError, match="There is no checkpoint 8.*\n.*It has 7"):
         open_run(run.checkpoints_folder / "8")
     run.publish(run.checkpoints()[0], "adapter")

@@ -13,10 +13,12 @@ from tests.conftest import tiny_config
 from weitiao.cli import TORCH_READS
 from weitiao.config import parse
 from weitiao.errors import SettingError, SourceError
+from weitiao.model import products
 from weitiao.train import memory, tree
 from weitiao.train.devices import device_named
 from weitiao.train.needs import FRAMEWORK, PRODUCTS, NoPlan, Subject, Target, needs, standing
 from weitiao.train.plan import CHANGES, WAYS, change_that_fits, changed, made_up, ways
+from weitiao.trie import Example
 
 ROOMY = Target("a test", "cpu", 1 << 40, flops={"single": 1e11, "half": 2e11}, bandwidth=1e10)
 
@@ -49,12 +51,30 @@ def test_the_largest_pass_of_the_run_is_planned():
 
 
 def test_more_memory_larger_passes_and_less_memory_smaller_ones():
-    wanted = subject(tokens=256, rows=64, training={"batch_size": 64})
+    wanted = subject(tokens=256, rows=64, training={"batch_size": 64, "precision": "bf16"})
     roomy = needs(wanted, dataclasses.replace(ROOMY, gives_back=True))
     passing = roomy.peak - needs(subject(tokens=8, rows=8), ROOMY).peak
     tight = needs(wanted, dataclasses.replace(ROOMY, gives_back=True, available=roomy.peak - passing // 2))
     assert roomy.budget == memory.MOST_NODES["cpu"] > tight.budget > memory.LEAST_NODES
     assert tight.fits and tight.peak <= roomy.peak - passing // 2 and not tight.checkpointing
+
+
+def test_passes_of_float32_are_small_on_a_cpu_unless_rows_share():
+    def sharing(stem: int) -> list[list[Example]]:
+        noise = np.random.default_rng(0)
+        shared, weights = noise.integers(3, 90, stem), np.ones(256, np.float32)
+        weights[0] = 0
+        return [[Example(np.concatenate([shared, noise.integers(3, 90, 256 - stem)]).astype(np.int32), weights)] for _ in range(32)]
+
+    def budget(rows, target=ROOMY, **training) -> int:
+        return needs(Subject(parse({"data": "none", "training": {"batch_size": 32, **training}}), tiny_config("llama"), rows), target).budget
+
+    assert budget(sharing(0)) == memory.USUAL_NODES
+    assert budget(sharing(200)) == memory.MOST_NODES["cpu"]  # 32 x 56 + 200; four passes of 1,024 would compute the 200 twice more
+    assert memory.USUAL_NODES < budget(sharing(25)) < memory.MOST_NODES["cpu"]
+    assert budget(sharing(0), precision="bf16") == memory.MOST_NODES["cpu"]
+    assert budget(sharing(0), nodes_per_pass=700) == 700
+    assert budget(sharing(0), Target.of_gpu(device_named("a100-40"))) == memory.MOST_NODES["cuda"]
 
 
 def test_freed_memory_is_given_back_and_activations_are_recomputed_only_where_it_must_be():
@@ -111,7 +131,20 @@ def test_a_gpu_is_told_in_half_precision_and_by_its_own_memory():
     assert needs(subject(), Target.of_gpu(device_named("8GB"))).seconds is None
 
 
-def test_the_code_of_products_in_half_precision_is_counted_on_a_cpu():
+@pytest.fixture
+def by_mkl(monkeypatch):
+    """Products in float32, as on most processors."""
+    monkeypatch.setattr(products, "is_quicker", lambda: False)
+
+
+def test_the_code_of_float32_products_by_onednn_is_counted_too(by_mkl, monkeypatch):
+    before = needs(subject(), ROOMY).terms["framework"]
+    monkeypatch.setattr(products, "is_quicker", lambda: True)
+    assert needs(subject(), ROOMY).terms["framework"] == before + PRODUCTS
+    assert needs(subject(), Target.of_gpu(device_named("24GB"))).terms["framework"] == FRAMEWORK["cuda"]
+
+
+def test_the_code_of_products_in_half_precision_is_counted_on_a_cpu(by_mkl):
     """oneDNN keeps it for each shape; as many shapes as `weitiao` lets it keep."""
     half, single = (needs(subject(training={"precision": p}), ROOMY).terms["framework"] for p in ("bf16", "fp32"))
     assert needs(subject(method="full", model={"name": "tiny", "dtype": "bfloat16"}), ROOMY).terms["framework"] == half
@@ -147,7 +180,7 @@ def test_every_change_and_way_is_made_of_settings():
         assert changed(settings, words) or changed(full, words), words
 
 
-def test_the_first_change_that_fits_is_told():
+def test_the_first_change_that_fits_is_told(by_mkl):
     wanted = subject(LARGER, tokens=16, rows=16, method="full")
     target = dataclasses.replace(ROOMY, available=FRAMEWORK["cpu"] + (40 << 20), gives_back=True)
     assert not needs(wanted, target).fits
@@ -158,7 +191,7 @@ def test_the_first_change_that_fits_is_told():
     assert change_that_fits(wanted, dataclasses.replace(target, available=FRAMEWORK["cpu"])) is None
 
 
-def test_ways_are_told_best_first_and_those_that_fit_before_the_others():
+def test_ways_are_told_best_first_and_those_that_fit_before_the_others(by_mkl):
     wanted = subject(LARGER, tokens=16, rows=16)
     found = ways(wanted, dataclasses.replace(ROOMY, available=FRAMEWORK["cpu"] + (40 << 20), gives_back=True))
     fits = [way.fits for way in found]

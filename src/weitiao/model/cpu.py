@@ -3,8 +3,9 @@
     query, key, value ── blocks of 64 keys x 64 queries: skipped, whole, or masked ── out, log-sum-exp; their gradients
 
 Scores stay in the processor's cache, and what no query sees is skipped; float32 goes by vectors, bfloat16 by the matrix tiles
-of AMX or by AVX-512's products of pairs, and as float32 where a processor has neither. Where there is no compiler, or where what was built does not
-compute what it should, PyTorch's kernels do it, segment by segment (`attention.ByKeys`): the same numbers, later.
+of AMX or by AVX-512's products of pairs, and as float32 where a processor has neither. Where there is no compiler, or where
+what was built does not compute what it should, PyTorch's kernels do it, segment by segment (`attention.ByKeys`): the same
+numbers, later.
 """
 
 from __future__ import annotations
@@ -73,13 +74,14 @@ def _library() -> ctypes.CDLL:
     library = compiled.loaded()
     library.forward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int]
     library.backward.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_void_p, ctypes.c_long]
+    library.prepare_halves()
     return library
 
 
 @functools.cache
 def computes_halves() -> bool:
     """Does it multiply bfloat16, by tiles or by pairs? Otherwise they are made float32 first."""
-    return bool(_library().has_halves())
+    return bool(_library().prepare_halves())
 
 
 def _trial(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ A pass computes the tokens of some prompts behind the stem that all of them shar
 keys and values where they belong, a stem's or a row's. A step takes one token of every row: to the model it is a trie of
 single nodes, and only its attention differs: all rows below a stem are one product with keys that lie there once, a row's
 tail is its own, and both are merged by log-sum-exp (as in Hydragen, Juravsky et al. 2024, arXiv:2402.05099, here over a tree
-of prefixes). Nothing is padded but tails, to the longest of the batch. Rows join and leave as in Orca (Yu et al. 2022).
+of prefixes). Nothing is padded but tails, to the longest of the batch, and those neither on a CPU with a kernel for them (`tails`). Rows join and leave as in Orca (Yu et al. 2022).
 
 Positions, which virtual tokens take too, are called places: a prompt's first token stands at the number of virtual tokens.
 """
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from weitiao.data.batch import Plan, trie_batch
-from weitiao.model import tails as own_keys
+from weitiao.model import tails
 from weitiao.model.attention import attend_within, merge, part
 from weitiao.model.load import device_of
 from weitiao.trie import Example, Segment, build_with_paths, common_prefix
@@ -265,8 +265,9 @@ class Batch:
         self, layer: int, query: torch.Tensor, heads: torch.Tensor, scale: float, window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [1, kv_heads * group, rows, d], the same as heads [kv_heads, group, rows, d] -> out [rows, kv_heads, group, d] and lse."""
-        if own_keys.takes(query):
-            return own_keys.attend(query, *self.tails[layer], (self.at - window + 1).clamp_(min=0) if window else torch.zeros_like(self.at), self.at, scale)
+        if tails.takes(query, *self.tails[layer]):
+            first = (self.at - window + 1).clamp_(min=0) if window else torch.zeros_like(self.at)
+            return tails.attend(query, *self.tails[layer], first, self.at, scale)
         keys, values = (t[: len(self.rows), :, : self.width] for t in self.tails[layer])
         return part(heads.permute(2, 0, 1, 3).to(keys.dtype), keys, values, self._tail_mask(keys.dtype, window), scale)
 
@@ -278,10 +279,9 @@ class Batch:
 
     def take(self, layer: int, pair: Pair, nodes: torch.Tensor | None, rows: torch.Tensor, at: torch.Tensor) -> None:
         """Nodes of [1, kv_heads, T, d] (None: all) -> places `at` of the tails of `rows`."""
-        tails = self._tails(layer, pair)
-        for tail, new in zip(tails, pair, strict=True):
-            if own_keys.takes(new):
-                own_keys.put(tail, new[0], nodes, rows, at)
+        for tail, new in zip(self._tails(layer, pair), pair, strict=True):
+            if tails.takes(*pair):
+                tails.put(tail, new[0], nodes, rows, at)
                 continue
             new = new[0].transpose(0, 1)
             tail[rows, :, at] = (new if nodes is None else new[nodes]).to(tail.dtype)
@@ -294,13 +294,15 @@ class Batch:
         """With room for what is to come."""
         old, slots = self.tails.get(layer), self.slots(self.room)
         if old is None or old[0].shape[2] < self.room or len(old[0]) < len(self.rows):
-            self.tails[layer] = tuple(self._larger(slots, new, None if old is None else old[i]) for i, new in enumerate(pair))
+            narrow = tails.takes(*pair)
+            self.tails[layer] = tuple(self._larger(slots, new, None if old is None else old[i], narrow) for i, new in enumerate(pair))
         return self.tails[layer]
 
-    def _larger(self, slots: int, like: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    def _larger(self, slots: int, like: torch.Tensor, old: torch.Tensor | None, narrow: bool) -> torch.Tensor:
+        """narrow: in the type of `like` on a CPU, too."""
         shape = max(slots, len(self.rows)), like.shape[1], self.room, like.shape[3]
         if self.device.type == "cpu":  # numpy's zeros take no memory before they are written
-            kind = like.dtype if own_keys.takes(like) or like.dtype is torch.float64 else torch.float32
+            kind = like.dtype if narrow or like.dtype is torch.float64 else torch.float32
             made = torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * kind.itemsize), np.uint8)).view(kind)
         else:
             made = torch.zeros(shape, dtype=like.dtype, device=like.device)

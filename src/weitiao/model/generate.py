@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from weitiao.data.templates import Template
+from weitiao.model import tails
 from weitiao.model.attention import TrieUnsupported
 from weitiao.model.decode import decode
 from weitiao.model.load import causal_lm, device_of, model_limit, trie_obstacle, virtual_places
@@ -214,7 +215,10 @@ def virtual_now(model) -> int:
 def place_bytes(model) -> int:
     """What one token's keys and values take in all layers."""
     heads, d = kv_shape(causal_lm(model))
-    size = 4 if device_of(model).type == "cpu" else causal_lm(model).get_input_embeddings().weight.element_size()
+    kind, on_cpu = causal_lm(model).get_input_embeddings().weight.dtype, device_of(model).type == "cpu"
+    if torch.is_autocast_enabled(device_of(model).type):
+        kind = torch.get_autocast_dtype(device_of(model).type)
+    size = 4 if on_cpu and not tails.computes(kind, d) else kind.itemsize
     return 2 * causal_lm(model).config.get_text_config().num_hidden_layers * heads * d * size
 
 

@@ -2,8 +2,8 @@
 
 PyTorch hands float32 products to MKL, and MKL computes with half the width of a processor with AVX-512 that is not Intel's: on a
 Zen 5, 110 GFLOP/s of a thread where oneDNN reaches 240 (benchmarks/products.py). `use()` puts oneDNN's in the place where PyTorch looks for the kernels
-of `aten::mm` and `aten::addmm` on a CPU, so that whatever multiplies, the model's own linears, their gradients or the head, gets them. What is
-too small to gain, of another type, or anything but a plain sum goes where it went.
+of `aten::mm` and `aten::addmm` on a CPU, so that whatever multiplies, a model's own linears, their gradients or a head, gets them. What is too
+small to gain, of another type, anything but a plain sum, or written in place goes where it went.
 """
 
 from __future__ import annotations
@@ -49,17 +49,19 @@ def _vendor() -> str:
 
 
 def _takes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """[m, k] row by row, [k, n] in either order: of others oneDNN makes copies, or takes its reference code, hundreds of times as slow."""
+    """[m, k] row by row, or wide enough to be worth a copy that is, as in a weight's gradient; [k, n] in either order: of others oneDNN makes
+    copies, or takes its reference code, hundreds of times as slow."""
+    if not (a.dtype is b.dtype is torch.float32 and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]):
+        return False
     (m, k), n = a.shape, b.shape[1]
-    return (a.dtype is b.dtype is torch.float32 and k >= NARROW and m * k * n >= LEAST
-            and a.is_contiguous() and (b.is_contiguous() or b.t().is_contiguous()))
+    return (k >= NARROW and m * k * n >= LEAST and (b.is_contiguous() or b.t().is_contiguous())
+            and (a.is_contiguous() or (min(m, k, n) >= WIDE and a.t().is_contiguous())))
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b: [m, k], [k, n] -> [m, n]; below autograd, as any kernel."""
-    if a.dtype is torch.float32 and min(*a.shape, b.shape[1]) >= WIDE and a.t().is_contiguous():
-        a = a.contiguous()  # as a wide weight's gradient has it: a copy and oneDNN take less than MKL
     if _takes(a, b):
+        a = a.contiguous()
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
@@ -67,6 +69,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     """beta c + alpha a b: c [m, n] or what becomes that, [m, k], [k, n] -> [m, n]"""
     if _takes(a, b) and beta == alpha == 1 and c.dtype is torch.float32 and c.is_contiguous():
+        a = a.contiguous()
         if c.shape == (b.shape[1],):
             return torch.ops.mkldnn._linear_pointwise(a, b.t(), c, "none", [], "")
         if c.shape == (a.shape[0], b.shape[1]):

@@ -20,9 +20,14 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-5}  # of the same numbers:
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
-def takes(like: torch.Tensor) -> bool:
-    """Keys or values of this type and width?"""
-    return like.device.type == "cpu" and like.dtype in TOLERANCES and like.shape[-1] % LANES == 0 and trouble() is None
+def takes(first: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Are queries, keys and values of one type and width, those that it computes, on a CPU?"""
+    alike = all(x.dtype is first.dtype and x.shape[-1] == first.shape[-1] for x in others)
+    return alike and first.device.type == "cpu" and computes(first.dtype, first.shape[-1])
+
+
+def computes(kind: torch.dtype, width: int) -> bool:
+    return kind in TOLERANCES and width % LANES == 0 and trouble() is None
 
 
 @functools.cache
@@ -33,8 +38,7 @@ def trouble() -> str | None:
     except compiled.NotBuilt as reason:
         return str(reason)
     library.attend_to_tails.argtypes = [_pointer, _long, _long, *[_pointer] * 6, _float, *[_long] * 6, ctypes.c_int]
-    library.put_into_tails.argtypes = [*[_pointer] * 5, *[_long] * 7]
-    library.put_into_tails.restype = None
+    library.put_into_tails.argtypes = [*[_pointer] * 5, *[_long] * 8]
     for kind, tolerance in TOLERANCES.items():
         worst = _trial(kind)
         if not worst <= tolerance:  # a NaN is trouble too
@@ -52,7 +56,8 @@ def attend(
     query = query[0] if query.stride(-1) == 1 else query[0].contiguous()
     heads, rows, width = query.shape
     _, key_heads, room, _ = keys.shape
-    assert keys.is_contiguous() and values.is_contiguous() and keys.dtype is values.dtype is query.dtype
+    assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape and keys.dtype is values.dtype is query.dtype
+    assert len(keys) >= rows == len(first) == len(last) and keys.shape[3] == width
     out = torch.empty(rows, key_heads, heads // key_heads, width)
     lse = torch.empty(rows, key_heads, heads // key_heads)
     failed = compiled.loaded().attend_to_tails(
@@ -64,14 +69,20 @@ def attend(
 
 
 def put(tail: torch.Tensor, new: torch.Tensor, nodes: torch.Tensor | None, rows: torch.Tensor, at: torch.Tensor) -> None:
-    """Nodes of [kv_heads, T, d] (None: all) -> places `at` of the tails of `rows`: tail [slots, kv_heads, room, d], dense; the others int64 [N]."""
+    """Nodes of [kv_heads, T, d] (None: all) -> places `at` of the tails of `rows`: tail [slots, kv_heads, room, d], dense; the others integers [N].
+
+    Raises:
+        IndexError: there is no such node, row or place; what came before is put.
+    """
     new = new if new.stride(-1) == 1 else new.contiguous()
-    assert tail.is_contiguous() and tail.dtype is new.dtype
+    assert tail.is_contiguous() and tail.dtype is new.dtype and len(rows) == len(at) == (len(at) if nodes is None else len(nodes))
     nodes, rows, at = (None if one is None else one.long().contiguous() for one in (nodes, rows, at))
     size = new.element_size()
-    compiled.loaded().put_into_tails(
-        tail.data_ptr(), new.data_ptr(), None if nodes is None else nodes.data_ptr(), rows.data_ptr(), at.data_ptr(), len(rows), tail.shape[1],
-        tail.shape[2], tail.shape[3] * size, new.stride(0) * size, new.stride(1) * size, torch.get_num_threads())
+    beyond = compiled.loaded().put_into_tails(
+        tail.data_ptr(), new.data_ptr(), None if nodes is None else nodes.data_ptr(), rows.data_ptr(), at.data_ptr(), len(rows), new.shape[1],
+        *tail.shape[:3], tail.shape[3] * size, new.stride(0) * size, new.stride(1) * size)
+    if beyond:
+        raise IndexError(f"A node, row or place of {len(rows)} is beyond {new.shape[1]} nodes, {len(tail)} rows or {tail.shape[2]} places.")
 
 
 def _trial(kind: torch.dtype) -> float:

@@ -49,6 +49,6 @@ class DataSettings(Group):
     streaming: bool = setting(False, "begin to learn from the first rows while the rest is still being encoded; needs training.steps. Given up: the order is drawn in windows (4,096 rows, then 16,384, and so on by four), not over all rows, so rows sorted by topic are learned topic by topic; data.max_tokens and the findings before the run are told from the first 4,096 rows; a row that cannot be read stops the run where it stands. Kept: each row comes once before any comes twice, and the same settings take the same steps, however fast rows are encoded or wherever the run was interrupted")
     cache_gb: float = setting(20.0, "encoded rows that weitiao's cache keeps for the next run, at most; those not used for longest go first; 0: none", "GB", ge=0)
 
-    def with_columns(self, columns: Mapping[str, str]) -> DataSettings:
-        """For a file whose columns are others than these; the same if none are named."""
+    def with_columns(self, columns: Mapping[str, str] | None) -> DataSettings:
+        """For a file whose columns are others than these, its format told from them anew; the same if none are named."""
         return self.model_copy(update={"columns": dict(columns), "format": "auto"}) if columns else self

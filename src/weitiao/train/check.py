@@ -207,20 +207,25 @@ class Reader:
     def _open(self, source: Source, data: DataSettings, progress: Reading) -> Opened | None:
         rows = reading.read_rows(source.path, split=source.split, name=source.subset, reading=progress)
         peeked: list[Row] = []
+        broken = self.broken_rows
         try:
             peeked += islice(rows, PEEKED)
             format = detect(peeked, data)
         except RowError as error:
             if peeked:
                 self.unknown.append(of_unknown(error, peeked[0]))
-            elif not any(place.rpartition(":")[0] == source.path or place == source.path for tally in self.broken.values() for place in tally.where):
-                self.unknown.append(of_error("no_rows", error))  # nor lines that cannot be read, which are told by themselves
+            elif self.broken_rows == broken:  # otherwise it is told why there are none
+                self.unknown.append(of_error("no_rows", error))
             return None
         return Opened(peeked, rows, format, names_of_labels(source, format, data))
 
     def _note_broken(self, error: RowError) -> None:
         cure = " ".join(part for part in (error.expected, error.next_step) if part)
         self.broken.setdefault(cure, Tally()).add(place_of(error), error.found)
+
+    @property
+    def broken_rows(self) -> int:
+        return sum(tally.count for tally in self.broken.values())
 
     def findings(self) -> list[Finding]:
         kind = CHECKS["broken_row"]

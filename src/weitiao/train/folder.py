@@ -20,10 +20,12 @@ hashes in a manifest, renamed, and only then are older ones removed; one that do
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +240,14 @@ def open_run(path: str | Path) -> tuple[RunFolder, Path]:
     if whole is None:
         raise RunError(f"{path} has learned nothing yet.", "Expected a finished run or a checkpoint in it.",
                        f"Go on with it: weitiao train {path} --resume.")
+    tell_unfinished(run.path, whole.step)
     return run, whole.path
+
+
+@functools.cache  # once a process, however often it is opened
+def tell_unfinished(path: Path, step: int) -> None:
+    """On stderr: stdout may be an answer."""
+    print(f"{path} has not finished; what it had learned by step {step} is taken. If it was stopped, go on with it: weitiao train {path} --resume", file=sys.stderr)
 
 
 def free_name(parent: Path, stem: str) -> Path:

@@ -36,7 +36,8 @@ from weitiao.trie import Example
 Paths = Sequence[Sequence[Example]]  # of each row
 
 FRAMEWORK = {"cpu": 96 << 20, "cuda": 32 << 20}  # libraries that load with the first step; cuBLAS' own room
-# Of products by oneDNN, which on a CPU are those in half precision at least, it keeps the code: 0.76 MiB a shape, of which each size of pass has others; 128 of them (cli.py).
+# Of a CPU's products in half precision, and of all where `products` takes oneDNN's, it keeps the code: 0.76 MiB a shape, of which each
+# size of pass has others; 128 of them (cli.py).
 PRODUCTS = 96 << 20
 CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # Of what lives and dies within a step: what an allocator may keep beside it for the next one (PyTorch's on a GPU; a heap of glibc's
@@ -337,7 +338,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     settings, method = subject.settings, subject.method
     case = subject.case(target, layout, checkpointing)
     asked = settings.training.nodes_per_pass
-    most = asked or memory.MOST_NODES[target.kind]
+    most = asked or _most(subject, target, layout, case.compute)
     largest_step = max(subject.steps, key=lambda rows: sum(map(len, rows)))
     passes = subject.passes(largest_step, layout, most)
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
@@ -370,10 +371,25 @@ def _part(row: Example, tokens: int) -> Example:
 
 
 def libraries(case: Case, target: Target) -> int:
-    """Bytes of what is loaded with the first step; products are in half precision where it is computed in, and where weights are held in it."""
+    """Bytes of what is loaded with the first step, oneDNN's code of products among them: half precision goes by it, computed in or held in."""
     held = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, case.compute)
     by_onednn = products.is_quicker() or not {case.compute, held}.isdisjoint(loading.HALVES)
     return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and by_onednn)
+
+
+def _most(subject: Subject, target: Target, layout: str, compute: torch.dtype) -> int:
+    """Nodes of a pass at most, however much memory there is."""
+    most = memory.MOST_NODES[target.kind]
+    if target.kind != "cpu" or compute is not torch.float32:
+        return most
+
+    def computed(nodes: int) -> int:
+        return sum(subject.nodes(some, layout) for rows in subject.steps for some in subject.passes(rows, layout, max(nodes, subject.longest)))
+
+    few, fewest = memory.USUAL_NODES, computed(most)
+    while few < most and computed(few) > memory.SHARED * fewest:
+        few *= 2
+    return few
 
 
 def _budget(line: Line, nodes: int, edges: int, target: Target, libraries: int, keeps: float, most: int) -> int:

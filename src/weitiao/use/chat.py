@@ -92,10 +92,10 @@ def generate(
     if output:
         refuse_target(Path(output))
     asked = [Conversation((Message("user", p),)) for p in prompts]
-    if columns and not file:
-        raise SettingError("data.columns says which columns of a file are which, and none is named.", "Expected --file beside it.")
+    if columns and file.endswith(".txt"):
+        raise SettingError(f"{file} has a prompt a line, and no columns.", "Expected rows (.jsonl, .json, .csv, …) beside data.columns.")
     if file:  # before the model is loaded: it may not be there
-        asked += read_prompts(file, open_run(run)[0].settings().data.with_columns(columns or {}))
+        asked += read_prompts(file, open_run(run)[0].settings().data.with_columns(columns))
     quiet_libraries()
     screen = Screen()
     trained = open_trained(run, screen)

@@ -10,7 +10,7 @@ from weitiao import metrics
 from weitiao.data.dataset import Dataset, skipped_summary
 from weitiao.data.glance import glance
 from weitiao.data.stored import TrainingRow
-from weitiao.errors import RunError, SettingError
+from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.settings.data import Source
 from weitiao.settings.results import EvaluationSettings
@@ -19,11 +19,9 @@ from weitiao.train.evaluation import answer_and_score, label_prompts, label_samp
 from weitiao.train.folder import RunFolder, open_run, write_text
 from weitiao.use.trained import Trained, open_trained
 
-NONE: Mapping[str, str] = {}
-
 
 def evaluate(
-    path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int | None, columns: Mapping[str, str] = NONE,
+    path: str, data: str | None, rows: int | None, base: bool, max_new_tokens: int | None, batch_size: int | None, columns: Mapping[str, str] | None = None,
 ) -> None:
     """Measure a run on its own rows set aside, or on others; write samples.jsonl and scores.json into the run folder.
 
@@ -41,23 +39,21 @@ def evaluate(
             _, results["base"] = measure(trained, measured.rows, asked, screen)
     samples, results["tuned"] = measure(trained, measured.rows, asked, screen)
     write_text(trained.run.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-    trained.run.write_json("scores.json", {"data": data or "the run's own", "weights": str(trained.weights), **results})
+    trained.run.write_json("scores.json", {"data": data or "the run's own", **({"columns": dict(columns)} if columns else {}), "weights": str(trained.weights), **results})
     show(results, len(measured), screen)
 
 
-def refuse_no_rows(run: RunFolder, data: str | None, columns: Mapping[str, str]) -> None:
+def refuse_no_rows(run: RunFolder, data: str | None, columns: Mapping[str, str] | None) -> None:
     """Told before the model is loaded: the file named is not there, or the run has none of its own."""
     settings = run.settings().data
     if data:
-        glance(Source(path=data), settings.with_columns(columns))
-    elif columns:
-        raise SettingError("data.columns says which columns of a file are which, and none is named.", "Expected --data beside it.")
+        glance(Source(path=data), settings.with_columns(columns), read=bool(columns))
     elif not (settings.eval or settings.eval_share):
         raise RunError(f"{run.path} set no rows aside to measure on.", "Expected data.eval or data.eval_share in training.",
                        f"Name some: weitiao evaluate {run.path} --data rows.jsonl")
 
 
-def rows_to_measure(trained: Trained, data: str | None, screen: Screen, columns: Mapping[str, str] = NONE) -> Dataset:
+def rows_to_measure(trained: Trained, data: str | None, screen: Screen, columns: Mapping[str, str] | None = None) -> Dataset:
     """Rows of a file, else the run's data.eval, else the share it set aside."""
     settings = trained.settings
     if data:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ class Trained:
 
     def read(self, sources: Sequence[Source], progress: Progress = no_progress, own: bool = False, columns: Mapping[str, str] | None = None) -> Dataset:
         """Rows as the run reads them. own: those it was trained on, which data.weight_column is for. columns: which are which, if not as there."""
-        data = self.settings.data if own else self.settings.data.model_copy(update={"weight_column": None}).with_columns(columns or {})
+        data = self.settings.data if own else self.settings.data.model_copy(update={"weight_column": None}).with_columns(columns)
         return cache_of(data).load(
             sources, data, self.template, self.row_limit, self.model.config.get_text_config().vocab_size, self.settings.training.seed,
             data.max_tokens, "classify" if self.labels else "answer", self.labels, progress=progress,
@@ -89,8 +88,6 @@ def open_trained(path: str, screen: Screen, base: str = "trained") -> Trained:
         RunError: no such run, nothing learned yet, or a template that was changed since.
     """
     run, weights = open_run(path)
-    if weights != run.path and Path(path) != weights:  # on stderr: stdout may be an answer
-        print(f"{run.path} was not finished; what it had learned by step {weights.name} is taken. Go on with it: weitiao train {run.path} --resume", file=sys.stderr)
     settings = run.settings()
     folder = model_folder(settings.model, notify=screen.tell)
     template = stored_template(run, loading.load_tokenizer(folder, settings.model))

@@ -470,7 +470,7 @@ static void product_of_tiles(float *c, long ldc, const half *a, long lda, const 
 
 #endif
 
-static Product *halves_product = product_of_pairs; /* or, once has_halves() was asked, product_of_tiles */
+static Product *halves_product = product_of_pairs; /* or, if prepare_halves() finds them, product_of_tiles */
 
 /* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side. */
 static void pairs_across(half *to, const half *from, long row, int rows, int width) {
@@ -647,8 +647,8 @@ static void backward_block_of_halves(const Job *job, const Seen *seen, Team team
 
 /* --------------------------------------------------------------------------------------------------------------------- calls */
 
-/* Is bfloat16 computed here? If so, from now on by tiles where Linux hands them to a process that asks. */
-int has_halves(void) {
+/* Asks Linux for tiles, which from now on compute bfloat16 where they are. Is it computed here at all? */
+int prepare_halves(void) {
 #ifdef TILES
     if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0) halves_product = product_of_tiles;
 #endif

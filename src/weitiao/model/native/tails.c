@@ -118,13 +118,15 @@ int attend_to_tails(const void *query, long q_row, long q_head, const void *keys
     return failed;
 }
 
-/* tail [..][key_heads][room] of vectors of so many bytes: vector nodes[i] of new, or i where nodes is none, goes to place at[i] of row rows[i].
- * Strides of new in bytes. */
-void put_into_tails(void *tail, const void *new, const int64_t *nodes, const int64_t *rows, const int64_t *at, long count, long key_heads, long room,
-                    long bytes, long head_stride, long node_stride, long threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < count; i++)
+/* tail [slots][key_heads][room] of vectors of so many bytes: vector nodes[i] of new, or i where nodes is none, goes to place at[i] of row rows[i].
+ * Strides of new in bytes. 1: there is no such one. */
+int put_into_tails(void *tail, const void *new, const int64_t *nodes, const int64_t *rows, const int64_t *at, long count, long new_nodes, long slots,
+                   long key_heads, long room, long bytes, long head_stride, long node_stride) {
+    for (long i = 0; i < count; i++) {
+        long node = nodes ? nodes[i] : i;
+        if (node < 0 || node >= new_nodes || rows[i] < 0 || rows[i] >= slots || at[i] < 0 || at[i] >= room) return 1;
         for (long head = 0; head < key_heads; head++)
-            memcpy((char *)tail + ((rows[i] * key_heads + head) * room + at[i]) * bytes,
-                   (const char *)new + head * head_stride + (nodes ? nodes[i] : i) * node_stride, bytes);
+            memcpy((char *)tail + ((rows[i] * key_heads + head) * room + at[i]) * bytes, (const char *)new + head * head_stride + node * node_stride, bytes);
+    }
+    return 0;
 }
