@@ -380,6 +380,47 @@ def test_a_place_that_cannot_be_written_to(weitiao, model_folder, rows_file, tmp
     assert code == 2 and "file/run cannot be made" in err
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    words = ["train", "--model", model_folder, "--data", rows_file, "--output", "r", *FAST]
+    code, _, err = weitiao(*words)
+    assert code == 2 and "a checkpoint takes" in err and "--force trains all the same" in err and not (tmp_path / "r").exists()
+    assert weitiao(*words, "--force")[0] == 0
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_in_one_message(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
+    import errno
+
+    from weitiao.train.folder import RunFolder
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["train", "--model", model_folder, "--data", rows_file, "--output", "r", *FAST]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_json", full)
+        code, _, err = weitiao(*words)
+    assert code == 2 and "r cannot be written to: No space left on device." in err and not (tmp_path / "r").exists()
+    monkeypatch.setattr(RunFolder, "append_metrics", full)
+    code, _, err = weitiao(*words)
+    assert "start again: nothing is kept" in err and not (tmp_path / "r").exists()
+
+
+def test_scores_are_shown_though_they_cannot_be_written(weitiao, finished, monkeypatch):
+    import errno
+
+    from weitiao.train import folder
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_text", full)
+    code, out, err = weitiao("evaluate", finished, "--rows", 2, "--max-new-tokens", 2)
+    assert code == 2 and "perplexity" in out and "samples.jsonl cannot be written: No space left on device" in err
+
+
 def test_a_full_disk_at_the_very_end_is_told_and_can_be_mended(weitiao, model_folder, rows_file, tmp_path, monkeypatch):
     import errno
 
@@ -469,7 +510,10 @@ def test_a_file_with_columns_of_its_own_is_measured_and_answered(weitiao, finish
     assert [json.loads(line)["reference"] for line in (finished / "samples.jsonl").read_text().splitlines()] == ["3", "4", "5", "6"]
     code, out, err = weitiao("generate", finished, "--file", "other.jsonl", columns, "--max-new-tokens", 3)
     assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == [f"What is {i} and 3?" for i in range(4)], err
-    for command, given, said in (("evaluate", [columns], "Expected --data beside it"), ("generate", ["--prompt", "x", columns], "Expected --file beside it"),
+    wrong = "data.columns={instruction: frage, output: reply}"
+    for command, given, said in (("evaluate", ["--data", "other.jsonl", wrong], "data.columns names 'frage', which no row has"),
+                                 ("generate", ["--file", "other.jsonl", wrong], "data.columns names 'frage', which no row of other.jsonl has"),
+                                 ("evaluate", [columns], "Expected --data beside it"), ("generate", ["--prompt", "x", columns], "Expected --file beside it"),
                                  ("evaluate", ["--data", "other.jsonl", "data.system=x"], "all else is as it was trained"), ("evaluate", ["data="], "Found 'data='"),
                                  ("evaluate", ["other.jsonl"], "A file is named by --data"), ("generate", ["What is 2?"], "a prompt by --prompt")):
         code, _, err = weitiao(command, finished, *given)
@@ -524,7 +568,10 @@ def test_merge_is_proven_and_loads_without_us(weitiao, finished, tmp_path, model
     assert difference < 1e-4
     assert merged.generation_config.eos_token_id == [2]
     code, _, err = weitiao("merge", finished, "--output", "merged")
-    assert code == 2 and "merged exists already" in err
+    assert code == 2 and "merged exists already.\n" in err
+    os.utime(tmp_path / "merged" / "config.json", (0, 0))
+    code, _, err = weitiao("merge", finished, "--output", "merged")
+    assert code == 2 and "merged exists already, and is older than what the run has learned by now." in err
 
 
 def test_a_merge_that_is_not_what_was_trained_is_not_kept(weitiao, finished, tmp_path, monkeypatch):

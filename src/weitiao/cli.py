@@ -33,7 +33,7 @@ def _is_run(run: str) -> str:
 
 Run = Annotated[str, typer.Argument(help="A run folder, or RUN/checkpoints/N.", metavar="RUN", callback=_is_run)]
 Columns = Annotated[list[str] | None, typer.Argument(
-    help="Which columns of the file are which, where they are not the run's: data.columns='{output: answer}'.", metavar="[data.columns={…}]", show_default=False)]
+    help="Which columns of the file are which, where they are not the run's: data.columns='{output: answer}'.", metavar="[data.columns='{…}']", show_default=False)]
 MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens; the prompt is not counted.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0: greedy, the same text each time; higher: more varied.", min=0)]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.", min=0.01, max=1)]

@@ -201,7 +201,7 @@ def read_columns(words: Sequence[str], file: str | None, option: str) -> dict[st
     """
     for word in words:
         if not word.startswith("data.columns="):
-            raise SettingError(f"Found {word!r}.", "Expected nothing beside the run, its options and data.columns={…}: all else is as it was trained.",
+            raise SettingError(f"Found {word!r}.", "Expected nothing beside the run, its options and data.columns='{output: answer}', in quotes: all else is as it was trained.",
                                "A file is named by --data (evaluate) or --file (generate), a prompt by --prompt." if "=" not in word else "")
     if words and not file:
         raise SettingError("data.columns says which columns of a file are which, and no file is named.", f"Expected {option} beside it.")

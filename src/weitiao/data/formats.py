@@ -114,8 +114,10 @@ def detect(rows: Iterable[Row], settings: DataSettings) -> str:
     """
     wanted = FORMATS if settings.format == "auto" else {settings.format: FORMATS[settings.format]}
     first: Row | None = None
+    there: set[str] = set()
     for row in rows:
         first = first or row
+        there.update(row.fields)
         names = set(rename(row.fields, settings.columns))
         for name, kind in wanted.items():
             if any(set(columns) <= names for columns in kind.columns):
@@ -123,8 +125,9 @@ def detect(rows: Iterable[Row], settings: DataSettings) -> str:
     assert first is not None, "a source without rows is refused when it is read"
     known = "\n".join(f"  {name:13}{', or '.join(' and '.join(c) for c in kind.columns)}" for name, kind in wanted.items())
     ours = ["instruction", "output"] if "instruction" in wanted else next(iter(wanted.values())).columns[0]
+    absent = [theirs for theirs in settings.columns.values() if theirs not in there]
     raise RowError(
-        f"{first.where} has the columns {', '.join(map(str, first.fields))}.",
+        f"{first.where} has the columns {', '.join(map(str, first.fields))}." + (f" data.columns names {', '.join(map(repr, absent))}, which no row has." if absent else ""),
         f"Expected columns of {'one of these formats' if len(wanted) > 1 else 'this format'}:\n{known}",
         f"Rename them, or say which is which: data.columns='{{{', '.join(f'{name}: …' for name in ours)}}}'.",
     )

@@ -97,6 +97,11 @@ class RunFolder:
             raise RunError(f"Another training is at work in {self.path}.", "Expected one at a time.",
                            "Wait for it, stop it, or choose another folder with --output.") from None
 
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Is there anything to go on from?"""
+        return bool(self.checkpoints() or self.read_metrics())
+
     # --------------------------------------------------------------------------------------------- small files
 
     def write_text(self, name: str, text: str) -> None:

@@ -467,7 +467,7 @@ class Training:
         except OSError as error:
             raise TrainingStopped(
                 f"Step {self.step}: metrics.jsonl cannot be written: {error}.",
-                self._standing(), f"Make room and go on: weitiao train {self.run.path} --resume.",
+                self._standing(), self._going_on(),
             ) from error
 
     # ---------------------------------------------------------------------------------------- saving and going on
@@ -489,8 +489,7 @@ class Training:
             message = f"Step {self.step} could not be saved: {error}."
             if must:
                 raise TrainingStopped(
-                    message, self._standing(),
-                    f"Make room and go on: weitiao train {self.run.path} --resume.",
+                    message, self._standing(), self._going_on(),
                 ) from error
             self.listener.on_message(f"{message} Training goes on to the next save.")
             return False
@@ -499,6 +498,9 @@ class Training:
     def _standing(self) -> str:
         saved = self.run.checkpoints() if self.run else []
         return f"The last good checkpoint stands: {saved[-1].path}." if saved else "No checkpoint could be saved so far."
+
+    def _going_on(self) -> str:
+        return f"Make room and go on: weitiao train {self.run.path} --resume." if self.run.is_worth_keeping else "Make room and start again: nothing is kept of this run."
 
     def _write(self, folder: Path) -> None:
         self.method.save(self.plain_model, folder / self.method.FOLDER, self.base)

@@ -98,6 +98,8 @@ def train(settings: Settings, screen: Screen | None = None, show_model: bool = F
         RunFolder.refuse_taken(Path(settings.output))  # before the model is loaded; the folder is not made before all processes were here
     job = prepare(settings, screen, force)
     path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
+    if job.planned and not force:
+        refuse_full_disk(job.planned, path)
     if show_model:
         show_tree(job.model, screen)
     with encoding_beside(job, screen):
@@ -226,6 +228,15 @@ def refuse_too_large(planned: Plan, subject: Subject, accelerator: Any, screen: 
         f"The nearest that fits: {nearest}." if nearest else "Nothing that was tried fits: a smaller model, or shorter rows (data.max_tokens), would.",
         "`weitiao plan` with the same settings tells more; --force trains all the same.",
     )
+
+
+def refuse_full_disk(planned: Plan, path: Path) -> None:
+    """Told before the first step, not after the last: nothing could be saved."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    free, needed = shutil.disk_usage(there).free, planned.disk["a checkpoint"]
+    if free < needed:
+        raise SettingError(f"{there} has room for {format_bytes(free)}, and a checkpoint takes {format_bytes(needed)}.", "Expected room for what is learned.",
+                           "Make room, or choose another place: --output NAME; --force trains all the same.")
 
 
 def make_accelerator(settings: Settings) -> Any:
@@ -527,7 +538,7 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
         try:
             yield run
         except BaseException as end:
-            is_kept = bool(run.checkpoints() or run.read_metrics())
+            is_kept = run.is_worth_keeping
             if not is_kept:
                 shutil.rmtree(path, ignore_errors=True)
                 if path.parent == Path("runs"):
@@ -539,6 +550,18 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
 
 
 def write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
+    """
+    Raises:
+        RunError: there is no room.
+    """
+    try:
+        _write_facts(run, job, proof)
+    except OSError as error:
+        raise RunError(f"{run.path} cannot be written to: {error.strerror or error}.", "Expected room and the right to write there.",
+                       "Make room, or choose another: --output NAME.") from error
+
+
+def _write_facts(run: RunFolder, job: Job, proof: Proof | None) -> None:
     run.write_json("environment.json", environment(job))
     run.write_text("template.jinja", job.template.source)
     run.write_json("template.json", {"name": job.template.name, "sha256": job.template.hash, "stop_id": job.template.stop_id,

@@ -152,8 +152,10 @@ def read_prompts(file: str, settings: DataSettings) -> list[Conversation]:
         if not lines:
             raise RowError(f"{file} holds no prompts.", "Expected one a line.")
         return [Conversation((Message("user", line),)) for line in lines]
-    found = [Row(with_answer(rename(row.fields, settings.columns), settings), row.file, row.line)
-             for row in read_rows(file)]
+    rows = list(read_rows(file))
+    if absent := [theirs for theirs in settings.columns.values() if not any(theirs in row.fields for row in rows)]:
+        raise RowError(f"data.columns names {', '.join(map(repr, absent))}, which no row of {file} has.", f"Its columns are {', '.join(map(str, rows[0].fields))}.")
+    found = [Row(with_answer(rename(row.fields, settings.columns), settings), row.file, row.line) for row in rows]
     # The columns bear our names by now.
     settings = settings.model_copy(update={"columns": {}})
     format = detect(found, settings)

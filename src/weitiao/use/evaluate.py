@@ -16,7 +16,7 @@ from weitiao.settings.data import Source
 from weitiao.settings.results import EvaluationSettings
 from weitiao.train import memory
 from weitiao.train.evaluation import answer_and_score, label_prompts, label_samples, label_weights, mean_loss, questions, score_labels
-from weitiao.train.folder import RunFolder, open_run, write_text
+from weitiao.train.folder import RunFolder, open_run, write_asked
 from weitiao.use.trained import Trained, open_trained
 
 
@@ -38,9 +38,10 @@ def evaluate(
         with trained.method.untuned(trained.model):
             _, results["base"] = measure(trained, measured.rows, asked, screen)
     samples, results["tuned"] = measure(trained, measured.rows, asked, screen)
-    write_text(trained.run.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-    trained.run.write_json("scores.json", {"data": data or "the run's own", **({"columns": dict(columns)} if columns else {}), "weights": str(trained.weights), **results})
-    show(results, len(measured), screen)
+    show(results, len(measured), screen)  # first: the disk may be full
+    write_asked(trained.run.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    rows_of = {"data": data or "the run's own", **({"columns": dict(columns)} if columns else {})}
+    write_asked(trained.run.path / "scores.json", json.dumps({**rows_of, "weights": str(trained.weights), **results}, ensure_ascii=False, indent=2) + "\n")
 
 
 def refuse_no_rows(run: RunFolder, data: str | None, columns: Mapping[str, str] | None) -> None:

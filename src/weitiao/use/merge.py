@@ -58,11 +58,14 @@ def merge(path: str, output: str | None, dtype: str, base: str | None = None) ->
     screen = Screen()
     if dtype not in ("float32", "bfloat16"):
         raise SettingError(f"--dtype {dtype!r} is unknown.", "Expected float32 or bfloat16.")
-    run, _ = open_run(path)
+    run, weights = open_run(path)
     target = Path(output) if output else run.path / "merged"
-    if target.exists():
-        raise RunError(f"{target} exists already.", "Expected a new folder.", "Remove it, or choose another: --output NAME.")
     settings = run.settings()
+    if target.exists():
+        learned, made = weights / METHODS[settings.method.name].FOLDER, target / "config.json"
+        older = made.is_file() and learned.exists() and made.stat().st_mtime < learned.stat().st_mtime
+        raise RunError(f"{target} exists already{', and is older than what the run has learned by now' if older else ''}.", "Expected a new folder.",
+                       "Remove it, or choose another: --output NAME.")
     METHODS[settings.method.name].refuse_merge()
     base = base_to_merge_into(settings, base)
     packed = as_trained(path, base, screen) if settings.model.quantize != "none" else None

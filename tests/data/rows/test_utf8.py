@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from sources import in_an_empty_folder, refusal, write  # noqa: F401
 
+from weitiao.data.rows import read_rows
+from weitiao.data.rows.row import Reading
 from weitiao.data.rows.utf8 import read_lines
 from weitiao.errors import RowError
 
@@ -48,3 +50,20 @@ def test_a_file_of_prompts_is_converted_under_its_own_name():
     with pytest.raises(RowError) as caught:
         list(read_lines("Prompts.TXT"))
     assert str(caught.value).endswith("Convert it: iconv -f gb18030 -t utf-8 Prompts.TXT > Prompts.utf8.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_lines_of_utf16_are_told_once_and_not_by_each_line(encoding):
+    with open("rows.jsonl", "w", encoding=encoding) as file:
+        file.write('{"prompt": "a", "completion": "b"}\n' * 5)
+    told = []
+    assert not list(read_rows("rows.jsonl", reading=Reading(told.append)))
+    assert len(told) == 1 and encoding.replace("-", "")[:5] in str(told[0]).replace("-", "")
+
+
+def test_every_row_of_a_list_that_is_none_is_told():
+    with open("rows.json", "w") as file:
+        file.write('["a", {"prompt": "a", "completion": "b"}, 3]')
+    told = []
+    assert [row.line for row in read_rows("rows.json", reading=Reading(told.append))] == [2]
+    assert [error.found.partition(" is ")[0] for error in told] == ["rows.json, row 1", "rows.json, row 3"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from weitiao.data.rows.packages import first_line, require_package
 from weitiao.data.rows.row import Reading, Row, where_of
-from weitiao.data.rows.utf8 import decode, open_file, raw_lines, read_lines
+from weitiao.data.rows.utf8 import decode, is_utf16, open_file, raw_lines, read_lines
 from weitiao.errors import RowError, SourceError
 
 
@@ -63,6 +63,8 @@ def _read_jsonl(file: str, reading: Reading) -> Iterator[Row]:
             row = _as_row(_parse(text, file, line), file, line) if text.strip() else None
         except RowError as error:
             reading.broken(error)
+            if line == 1 and is_utf16(raw):  # and so are the others, whose bytes are out of step with their lines
+                return
             continue
         if row:
             yield row
@@ -77,7 +79,13 @@ def _read_json(file: str, reading: Reading) -> Iterator[Row]:
         rows = (_parse(row, file, line) for line, row in texts)
     else:
         rows = _rows_within(_parse(text, file, 1), file) if text.strip() else []
-    return (_as_row(fields, file, number) for number, fields in enumerate(rows, start=1))
+    for number, fields in enumerate(rows, start=1):
+        try:
+            row = _as_row(fields, file, number)
+        except RowError as error:
+            reading.broken(error)
+            continue
+        yield row
 
 
 def _holds_lines(text: str) -> bool:

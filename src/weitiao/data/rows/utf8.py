@@ -37,7 +37,7 @@ def decode(raw: bytes, file: str, line: int) -> str:
     """Bytes that start at `line` of `file` -> text."""
     raw = raw.removeprefix(BOM) if line == 1 else raw
     try:
-        if not _is_utf16(raw):
+        if not is_utf16(raw):
             return raw.decode("utf-8")
         at = 0 if raw[:2] in UTF16_MARKS else raw.index(0)
     except UnicodeDecodeError as error:
@@ -54,7 +54,7 @@ def decode(raw: bytes, file: str, line: int) -> str:
     raise RowError(f"{file} is not UTF-8: {place}; {cause}.", "Expected a text file in UTF-8.", cure)
 
 
-def _is_utf16(raw: bytes) -> bool:
+def is_utf16(raw: bytes) -> bool:
     # Without its mark, UTF-16 shows in the zero bytes: every second one of ASCII. Such bytes are valid UTF-8, alas.
     return raw[:2] in UTF16_MARKS or raw.count(0) * 4 > len(raw)
 
