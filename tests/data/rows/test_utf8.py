@@ -57,7 +57,8 @@ def test_lines_of_utf16_are_told_once_and_not_by_each_line(encoding):
     with open("rows.jsonl", "w", encoding=encoding) as file:
         file.write('{"prompt": "a", "completion": "b"}\n' * 5)
     told = []
-    assert not list(read_rows("rows.jsonl", reading=Reading(told.append)))
+    with pytest.raises(RowError, match="holds no rows"):
+        list(read_rows("rows.jsonl", reading=Reading(told.append)))
     assert len(told) == 1 and encoding.replace("-", "")[:5] in str(told[0]).replace("-", "")
 
 
