@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +56,15 @@ def loaded() -> ctypes.CDLL:
     except OSError as error:
         raise NotBuilt(f"What {compiler()} built cannot be loaded: {error}.") from error
     return built
+
+
+def off(trial: Callable[[torch.dtype], float], tolerances: Mapping[torch.dtype, float]) -> str | None:
+    """In which type a trial differs by more than it may, in a sentence; None if in none."""
+    for kind, tolerance in tolerances.items():
+        worst = trial(kind)
+        if not worst <= tolerance:  # a NaN is trouble too
+            return f"What {compiler()} made of it is off by {worst:.1g} in {str(kind).removeprefix('torch.')}."
+    return None
 
 
 @functools.cache

@@ -39,11 +39,7 @@ def trouble() -> str | None:
         return str(reason)
     library.attend_to_tails.argtypes = [_pointer, _long, _long, *[_pointer] * 6, _float, *[_long] * 6, ctypes.c_int]
     library.put_into_tails.argtypes = [*[_pointer] * 5, *[_long] * 8]
-    for kind, tolerance in TOLERANCES.items():
-        worst = _trial(kind)
-        if not worst <= tolerance:  # a NaN is trouble too
-            return f"What {compiled.compiler()} made of it is off by {worst:.1g} in {str(kind).removeprefix('torch.')}."
-    return None
+    return compiled.off(_trial, TOLERANCES)
 
 
 def attend(
