@@ -19,7 +19,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # larger passes mostly cost memory, and hide progress
 LEAST_NODES = 512
-# On a CPU a pass of so many takes no longer a node in float32 than a larger one (benchmarks/results.md), and half or a quarter of the memory: the
+# On a CPU (a Zen 5 was measured, benchmarks/results.md) a pass of so many takes no longer a node in float32 than a larger one, and half the memory: the
 # larger are for rows that share. SHARED: more nodes than this, in the place of the fewest, is not worth the memory.
 USUAL_NODES, SHARED = 1_024, 1.05
 
