@@ -99,10 +99,11 @@ class Trie:
         return int(self.needed().sum())
 
     def of(self, nodes: np.ndarray) -> Trie:
-        """Some of the nodes, bool [T], the ancestors of each among them."""
+        """Some of the nodes, bool [T]: a root is what has its parent not among them. What stands between two of them is, too."""
         before = np.append(0, np.cumsum(nodes))  # how many of them stand before each place
         parent = self.parent[nodes]
-        return Trie(self.token[nodes], np.where(parent < 0, -1, before[parent]), self.depth[nodes], before[self.subtree_end[nodes]], self.weight[nodes])
+        inside = (parent >= 0) & nodes[parent]
+        return Trie(self.token[nodes], np.where(inside, before[parent], -1), self.depth[nodes], before[self.subtree_end[nodes]], self.weight[nodes])
 
     def edges(self) -> np.ndarray:
         """int64 [E]: the nodes whose token is learned, in order. The predicting node of edge e is parent[e]."""

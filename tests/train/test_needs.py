@@ -51,30 +51,35 @@ def test_the_largest_pass_of_the_run_is_planned():
 
 
 def test_more_memory_larger_passes_and_less_memory_smaller_ones():
-    wanted = subject(tokens=256, rows=64, training={"batch_size": 64, "precision": "bf16"})
+    wanted = subject(tokens=256, rows=64, training={"batch_size": 64, "precision": "bf16", "memory": "fast"})
     roomy = needs(wanted, dataclasses.replace(ROOMY, gives_back=True))
     passing = roomy.peak - needs(subject(tokens=8, rows=8), ROOMY).peak
     tight = needs(wanted, dataclasses.replace(ROOMY, gives_back=True, available=roomy.peak - passing // 2))
-    assert roomy.budget == memory.MOST_NODES["cpu"] > tight.budget > memory.LEAST_NODES
+    assert roomy.budget == memory.NODES["cpu"]["fast"] > tight.budget > memory.LEAST_NODES
     assert tight.fits and tight.peak <= roomy.peak - passing // 2 and not tight.checkpointing
 
 
-def test_passes_of_float32_are_small_on_a_cpu_unless_rows_share():
-    def sharing(stem: int) -> list[list[Example]]:
+def test_passes_are_small_on_a_cpu_unless_they_make_too_much_be_computed_once_more():
+    def sharing(stem: int, tokens: int = 256) -> list[list[Example]]:
         noise = np.random.default_rng(0)
-        shared, weights = noise.integers(3, 90, stem), np.ones(256, np.float32)
+        shared, weights = noise.integers(3, 90, stem), np.ones(tokens, np.float32)
         weights[0] = 0
-        return [[Example(np.concatenate([shared, noise.integers(3, 90, 256 - stem)]).astype(np.int32), weights)] for _ in range(32)]
+        return [[Example(np.concatenate([shared, noise.integers(3, 90, tokens - stem)]).astype(np.int32), weights)] for _ in range(32)]
 
     def budget(rows, target=ROOMY, **training) -> int:
         return needs(Subject(parse({"data": "none", "training": {"batch_size": 32, **training}}), tiny_config("llama"), rows), target).budget
 
-    assert budget(sharing(0)) == memory.USUAL_NODES
-    assert budget(sharing(180)) == memory.MOST_NODES["cpu"]  # 32 x 76 + 180 = 2,612 at once; two passes compute the 180 once more, 7 %
-    assert budget(sharing(120)) == 2 * memory.USUAL_NODES  # 4,592 in two passes, 4,712 in three, 4,952 in five
-    assert budget(sharing(0), precision="bf16") == memory.MOST_NODES["cpu"]
+    usual, two = memory.NODES["cpu"][None], dataclasses.replace(ROOMY, processes=2)
+    for stem in (0, 120, 180):  # a stem is computed once
+        assert budget(sharing(stem)) == budget(sharing(stem), precision="bf16") == usual
+    assert budget(sharing(0), two) == usual  # of several processes each pass computes its own
+    assert budget(sharing(180), two) == 4 * usual  # 32 x 76 + 180 = 2,612 at once; two passes compute the 180 once more, 7 %
+    assert budget(sharing(120), two) == 2 * usual  # 4,592 in two passes, 4,712 in three, 4,952 in five
+    assert budget(sharing(0, 6_000)) == 8 * usual  # in two pieces the first is computed again, a quarter more
+    assert budget(sharing(0, 6_000), memory="balanced") == memory.NODES["cpu"]["balanced"]
+    assert budget(sharing(0), memory="fast") == memory.NODES["cpu"]["fast"]
     assert budget(sharing(0), nodes_per_pass=700) == 700
-    assert budget(sharing(0), Target.of_gpu(device_named("a100-40"))) == memory.MOST_NODES["cuda"]
+    assert budget(sharing(0), Target.of_gpu(device_named("a100-40"))) == memory.NODES["cuda"][None]
 
 
 def test_freed_memory_is_given_back_and_activations_are_recomputed_only_where_it_must_be():

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import example, tiny_model
 
-from weitiao.data.batch import learned_batch, padded_batch
+from weitiao.data.batch import padded_batch
 from weitiao.model.methods import METHODS
+from weitiao.model.stems import Stem
 from weitiao.settings.methods import LoraSettings
-from weitiao.train import proof
+from weitiao.train import loss
+from weitiao.train.evaluation import trie_batches
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.proof import leak, prove
 from weitiao.trie import build
@@ -125,13 +127,22 @@ def test_an_attention_that_a_trie_cannot_have_is_named(branching):
 def test_doubled_weights_are_caught(branching, monkeypatch):
     from weitiao.train import proof as module
 
-    def doubled(trie, device="cpu"):
-        batch = learned_batch(trie, device)
-        return batch | {"trie": replace(batch["trie"], weights=2 * batch["trie"].weights)}
+    def doubled(*given):
+        for batch in trie_batches(*given):
+            yield batch | {"trie": replace(batch["trie"], weights=2 * batch["trie"].weights)}
 
-    monkeypatch.setattr(module, "learned_batch", doubled)
+    monkeypatch.setattr(module, "trie_batches", doubled)
     proof = prove(taught(), branching, torch.float32)
     assert not proof.passed and proof.grad_rel_max > 0.5
+
+
+@pytest.mark.parametrize("stems", [True, False])
+def test_what_comes_back_to_a_stem_and_is_lost_is_caught(stems, branching, monkeypatch):
+    """Where passes go on behind stems, and nowhere else."""
+    monkeypatch.setattr(Stem, "add", lambda self, name, gradient: None)
+    proof = prove(taught(), branching, torch.float32, stems=stems)
+    assert proof.passed is not stems
+    assert proof.reason.startswith("gradients differ") is stems
 
 
 def test_an_attention_that_sees_a_branch_further_back_is_caught_by_the_leak_alone(branching, monkeypatch):
@@ -204,8 +215,8 @@ def test_a_frugal_proof_passes_and_fails_like_the_other(branching, monkeypatch):
     learn_on_tries(model)
     whole, frugal = (prove(model, branching, torch.float32, frugal=asked) for asked in (False, True))
     assert whole.passed and frugal.passed
-    true = proof.summed_loss
-    monkeypatch.setattr(proof, "summed_loss", lambda m, b: true(m, b) * (1.01 if "trie" in b else 1.0))
+    true = loss.summed_loss
+    monkeypatch.setattr(loss, "summed_loss", lambda m, b: true(m, b) * (1.01 if "trie" in b else 1.0))
     broken = prove(model, branching, torch.float32, frugal=True)
     assert not broken.passed and broken.grad_rel_max == pytest.approx(0.01, rel=0.2)
 

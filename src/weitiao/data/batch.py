@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from weitiao.data.packing import Part
 from weitiao.trie import Example, Segment, Trie
 
 
@@ -26,7 +27,7 @@ class Plan:
     longest: tokens of its longest row, 1 + the largest depth.
     predictors: int64 [E], the node that predicts each learned edge; targets: int64 [E]; weights: float32 [E].
     made: what an attention made of it once for all layers, by a name of its own.
-    memory: what keeps keys and values from one call of the model to the next (weitiao.model.decode); None in training.
+    memory: what keeps keys and values from one call of the model to the next (weitiao.model.decode, weitiao.model.stems); None: nothing does.
     """
 
     segments: list[Segment]
@@ -66,18 +67,31 @@ def trie_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]
     The attention mask is a token of the kind "already made": transformers leaves a 4-D mask alone, so no T x T mask
     is ever built, and our attention reads the plan instead.
     """
-    return _batch(trie, trie, np.arange(len(trie)), device)
+    return _batch(trie, np.ones(len(trie), bool), device)
 
 
 def learned_batch(trie: Trie, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The same loss and gradients without the nodes that nothing learned asks for: T is trie.needed().sum()."""
-    needed = trie.needed()
-    return _batch(trie, trie.of(needed), np.cumsum(needed) - 1, device)
+    return _batch(trie, trie.needed(), device)
 
 
-def _batch(trie: Trie, computed: Trie, place: np.ndarray, device: torch.device | str) -> dict[str, Any]:
-    """computed: the nodes that the model sees; place: int64 [T], where each of the trie's that predicts stands among them."""
-    edges = trie.edges()
+def part_batch(part: Part, device: torch.device | str = "cpu", virtual: int = 0) -> dict[str, Any]:
+    """The same of a part of a step: of what its rows learn, what its own nodes predict.
+
+    virtual: virtual tokens before every row. A pass that goes on behind a stem finds them there, and counts them as places.
+    """
+    batch = _batch(part.trie, part.computed(), device)
+    if part.behind and virtual:
+        plan = batch["trie"]
+        batch["trie"] = plan = replace(plan, depth=plan.depth + virtual, longest=plan.longest + virtual)
+        batch["position_ids"] = plan.depth[None]
+    return batch
+
+
+def _batch(trie: Trie, nodes: np.ndarray, device: torch.device | str) -> dict[str, Any]:
+    """nodes: bool [T], those that the model sees; what they predict is learned."""
+    computed, place, edges = trie.of(nodes), np.cumsum(nodes) - 1, trie.edges()
+    edges = edges[nodes[trie.parent[edges]]]
     plan = Plan(
         segments=computed.segments(),
         subtree_end=_tensor(computed.subtree_end, device),

@@ -92,7 +92,7 @@ def attend(
     """query [1, heads, T, d], key and value [1, kv_heads, V + T, d] of a layer -> [1, heads, T, d]; as the plan's memory has
     it, where there is one."""
     if plan.memory is not None:
-        return plan.memory.attend(layer, query, key, value, plan, scale, window)
+        return plan.memory.attend(layer, query, key, value, plan, scale, window, dropout)
     return attend_within(query, key, value, plan, scale, window, dropout)
 
 

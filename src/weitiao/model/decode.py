@@ -116,6 +116,7 @@ class Pass:
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
         own = key, value
         if self.above is not None and not self.virtual:
@@ -127,7 +128,7 @@ class Pass:
         for stem, nodes in self.stems:
             stem.kept[layer] = tuple(t[:, :, nodes] for t in own)
         self.batch.take(layer, own, *self.tails)
-        return attend_within(query, key, value, replace(plan, memory=None), scale, window)
+        return attend_within(query, key, value, replace(plan, memory=None), scale, window, dropout)
 
     def last(self, layer: int) -> tuple[torch.Tensor, ...] | None:
         """What a layer kept of the place before the roots."""
@@ -245,7 +246,9 @@ class Batch:
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float, window: int | None,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
+        assert not dropout, "an answer is given in eval mode"
         self.take(layer, (key, value), None, self.row, self.at)
         heads = query[0].unflatten(0, (key.shape[1], -1))  # [kv_heads, group, rows, d]
         out, lse = self._attend_to_tails(layer, query, heads, scale, window)

@@ -8,7 +8,8 @@ function with its gradient written out, so that
     what has one input is computed together           queries, keys, values; gate and up: x A^T is one product for all their A,
                                                       and the gradients of x are summed by the products
     nothing is copied to another type per linear      the input is cast once, A and B each time: they are small
-    what is cheap is computed again, not kept         of an MLP its input, gate and up stay; of a norm its input
+    what is cheap is computed again, not kept         of an MLP gate and up stay; of a norm its input, from which the linears behind it
+                                                      have theirs again
 
 `fuse(model)` puts them into an instance; parameters, names and files stay those of transformers and PEFT. A module that
 holds or does anything more (a bias in an MLP, DoRA, 8 or 4 bits, a hook, a second adapter) computes as it did. On a CPU
@@ -149,19 +150,19 @@ def _lora_forward(module: nn.Module, original: Callable[..., Any], x: torch.Tens
         return original(x, *args, **kwargs)
     inputs, linear = cast
     (name,) = (name for name in module.active_adapters if name in module.lora_A)
-    (out,) = LoraLinears.apply(inputs, module.lora_dropout[name](inputs), (linear.scale,), *linear[:4])
+    (out,) = LoraLinears.apply(inputs, module.lora_dropout[name](inputs), _recipe(inputs), (linear.scale,), *linear[:4])
     return out
 
 
 class LoraLinears(torch.autograd.Function):
     """y_i = x weight_i^T + bias_i + scale_i (dropped a_i^T) b_i^T: x and dropped [..., in] -> a [..., out_i] each. The weights are frozen.
 
-    dropped is x after dropout; the very same tensor where there is none. tensors: weight, bias, a and b of each linear, a and b of
-    one of them at least.
+    dropped is x after dropout; the very same tensor where there is none. recipe: how x was made, if it need not be kept. tensors:
+    weight, bias, a and b of each linear, a and b of one of them at least.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, scales, *tensors):
+    def forward(ctx, x, dropped, recipe, scales, *tensors):
         linears = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
         outs = [F.linear(x, weight, bias) for weight, bias, _, _ in linears]
         stacked, parts = _stack([a for _, _, a, _ in linears])
@@ -169,14 +170,17 @@ class LoraLinears(torch.autograd.Function):
         for out, part, scale, (_, _, _, b) in zip(outs, parts, scales, linears, strict=True):
             if b is not None:
                 _rows(out).addmm_(inner[:, part], b.t(), alpha=scale)
-        ctx.save_for_backward(dropped, inner, stacked, *(weight for weight, _, _, _ in linears), *(b for _, _, _, b in linears))
-        ctx.scales, ctx.parts, ctx.same = scales, parts, dropped is x
+        ctx.same = dropped is x
+        ctx.eps, kept = _kept(dropped, recipe if ctx.same else None)
+        ctx.save_for_backward(*kept, inner, stacked, *(weight for weight, _, _, _ in linears), *(b for _, _, _, b in linears))
+        ctx.scales, ctx.parts = scales, parts
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        dropped, inner, stacked, *tensors = ctx.saved_tensors
+        made_of, norm, inner, stacked, *tensors = ctx.saved_tensors
+        dropped = _again(made_of, norm, ctx.eps)
         weights, bs = tensors[: len(grads)], tensors[len(grads) :]
         shape, grads, flat = dropped.shape, [_rows(grad) for grad in grads], _rows(dropped)
         narrow = _narrow(grads, bs, ctx.scales)
@@ -192,9 +196,9 @@ class LoraLinears(torch.autograd.Function):
             d_dropped = (narrow @ stacked).view(shape)
         gradients: list[torch.Tensor | None] = []
         for i, (grad, part, scale) in enumerate(zip(grads, ctx.parts, ctx.scales, strict=True)):
-            gradients += [None, grad.sum(0) if ctx.needs_input_grad[4 + 4 * i] else None]
+            gradients += [None, grad.sum(0) if ctx.needs_input_grad[5 + 4 * i] else None]
             gradients += [None, None] if part is None else [d_stacked[part], _of_b(grad, inner[:, part], scale)]
-        return d_x, d_dropped, None, *gradients
+        return d_x, d_dropped, None, None, *gradients
 
 
 def _stack(matrices: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, list[slice | None]]:
@@ -247,7 +251,7 @@ class OneInput:
             return {}
         inputs = cast[0][0]
         linears = [linear for _, linear in cast]
-        return dict(enumerate(LoraLinears.apply(inputs, inputs, tuple(linear.scale for linear in linears), *(t for linear in linears for t in linear[:4]))))
+        return dict(enumerate(LoraLinears.apply(inputs, inputs, _recipe(inputs), tuple(linear.scale for linear in linears), *(t for linear in linears for t in linear[:4]))))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -266,18 +270,18 @@ def _gated_forward(module: nn.Module, original: Callable[..., Any], x: torch.Ten
     if any(pair is None for pair in cast):
         return original(x)
     gate, up, down = (linear for _, linear in cast)
-    return GatedMlp.apply(cast[0][0], ACTIVATIONS[type(module.act_fn).__name__], (gate.scale, up.scale, down.scale),
+    return GatedMlp.apply(cast[0][0], _recipe(cast[0][0]), ACTIVATIONS[type(module.act_fn).__name__], (gate.scale, up.scale, down.scale),
                           *(tensor for linear in (gate, up, down) for tensor in (linear.weight, linear.a, linear.b)))
 
 
 class GatedMlp(torch.autograd.Function):
     """down(act(gate(x)) * up(x)) over linears with or without LoRA (Shazeer 2020, arXiv:2002.05202): x [..., hidden] -> [..., hidden].
 
-    Kept for the backward pass: x, gate and up, and what is as narrow as a rank.
+    Kept for the backward pass: x or the recipe by which it was made, gate and up, and what is as narrow as a rank.
     """
 
     @staticmethod
-    def forward(ctx, x, act, scales, *weights):
+    def forward(ctx, x, recipe, act, scales, *weights):
         flat = _rows(x)
         (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
         stacked, (of_gate, of_up) = _stack([ag, au])
@@ -292,17 +296,18 @@ class GatedMlp(torch.autograd.Function):
         if ad is not None:
             down_inner = active @ ad.t()
             out.addmm_(down_inner, bd.t(), alpha=scales[2])
-        ctx.save_for_backward(flat, gate, up, stacked, inner, down_inner, *weights)
+        ctx.eps, kept = _kept(x, recipe)
+        ctx.save_for_backward(*kept, gate, up, stacked, inner, down_inner, *weights)
         ctx.act, ctx.scales, ctx.parts = act, scales, (of_gate, of_up)
         return out.view(x.shape[:-1] + out.shape[-1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, gate, up, stacked, inner, down_inner, *weights = ctx.saved_tensors
+        made_of, norm, gate, up, stacked, inner, down_inner, *weights = ctx.saved_tensors
         (wg, _, bg), (wu, _, bu), (wd, ad, bd) = weights[:3], weights[3:6], weights[6:]
         shape, grad = grad.shape, _rows(grad)
-        trained = [ctx.needs_input_grad[3 + 3 * i] for i in range(3)]
+        trained = [ctx.needs_input_grad[4 + 3 * i] for i in range(3)]
         d_active = grad @ wd
         d_down = None if ad is None else _narrow([grad], [bd], ctx.scales[2:])
         if ad is not None:
@@ -311,6 +316,7 @@ class GatedMlp(torch.autograd.Function):
         of_down = (grad.t() @ active if trained[2] else None, *_update_gradients(grad, active, d_down, down_inner, ctx.scales[2]))
         del active
         both = [d_gate, d_up]
+        x = _rows(_again(made_of, norm, ctx.eps))
         narrow = None if stacked is None else _narrow(both, [bg, bu], ctx.scales[:2])
         d_stacked = None if stacked is None else narrow.t() @ x
         d_x = None
@@ -323,7 +329,7 @@ class GatedMlp(torch.autograd.Function):
         for d, part, scale, is_trained in zip(both, ctx.parts, ctx.scales[:2], trained[:2], strict=True):
             of_both.append(d.t() @ x if is_trained else None)
             of_both += [None, None] if part is None else [d_stacked[part], _of_b(d, inner[:, part], scale)]
-        return d_x, None, None, *of_both, *of_down
+        return d_x, None, None, None, *of_both, *of_down
 
 
 def _activated(act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -370,7 +376,46 @@ def _chunks(x: torch.Tensor) -> list[slice]:
 def _norm_forward(module: nn.Module, original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     if module.weight.dtype is not x.dtype or not _plain(module):
         return original(x)
-    return RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    out = RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    out.recipe = Recipe(x.detach(), module.weight, module.variance_epsilon)
+    return out
+
+
+class Recipe(NamedTuple):
+    """How a norm's output was made: whoever keeps it for the backward pass may keep these, which are kept anyway."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+
+
+def _recipe(x: torch.Tensor) -> Recipe | None:
+    return getattr(x, "recipe", None)
+
+
+def _kept(x: torch.Tensor, recipe: Recipe | None) -> tuple[float, tuple[torch.Tensor, torch.Tensor | None]]:
+    """(eps, (x, None) as it is, or what the norm was given and its weight)"""
+    return (0.0, (x, None)) if recipe is None else (recipe.eps, (recipe.x, recipe.weight.detach()))
+
+
+def _again(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return x if weight is None else _normed(x, weight, eps)[0]
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight * x / rms(x), 1 / rms(x) [N, 1] in float32 at least)"""
+    flat = _rows(x)
+    if elementwise.takes(flat, weight):
+        out, factors = elementwise.norm(flat, weight, eps)
+        return out.view(x.shape), factors
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factors = flat.new_empty(len(flat), 1, dtype=wide)
+    for part in _chunks(flat):
+        length = torch.linalg.vector_norm(flat[part], dim=-1, keepdim=True, dtype=wide)
+        torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps), out=factors[part])
+        torch.mul((flat[part] * factors[part]).to(x.dtype), weight, out=_rows(out)[part])
+    return out, factors
 
 
 class RmsNorm(torch.autograd.Function):
@@ -381,18 +426,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        flat = _rows(x)
-        if elementwise.takes(flat, weight):
-            out, factors = elementwise.norm(flat, weight, eps)
-            ctx.save_for_backward(x, weight, factors)
-            return out.view(x.shape)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        factors = flat.new_empty(len(flat), 1, dtype=wide)
-        for part in _chunks(flat):
-            length = torch.linalg.vector_norm(flat[part], dim=-1, keepdim=True, dtype=wide)
-            torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps), out=factors[part])
-            torch.mul((flat[part] * factors[part]).to(x.dtype), weight, out=_rows(out)[part])
+        out, factors = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, factors)
         return out
 

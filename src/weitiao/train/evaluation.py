@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from weitiao import metrics
-from weitiao.data.batch import learned_batch, padded_batch
+from weitiao.data.batch import learned_batch, padded_batch, part_batch
 from weitiao.data.labels import Labels, prompt_of
-from weitiao.data.packing import padded_passes, trie_passes, trie_rows
+from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_rows
 from weitiao.data.stored import TrainingRow
 from weitiao.data.templates import Template
 from weitiao.model.generate import Sampling, answer_all
 from weitiao.model.load import virtual_places
+from weitiao.model.stems import Behind, Stem
 from weitiao.settings.results import EvaluationSettings
-from weitiao.train.loss import summed_loss, token_nll
+from weitiao.train.loss import summed_losses, token_nll
 from weitiao.trie import Example, build_with_paths
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -34,12 +35,29 @@ def no_progress(items: Iterable, what: str) -> Iterable:
 
 
 def make_passes(
-    examples: Sequence[Example], layout: str, budget: int, pad_id: int, device: Any, virtual_tokens: int = 0,
+    examples: Sequence[Example], layout: str, budget: int, pad_id: int, device: Any, virtual_tokens: int = 0, stems: bool = False,
 ) -> list[dict[str, Any]]:
-    """Batches of one step: tries, or padded rows. What a pass weighs is in the batch."""
+    """Batches of one step: tries, or padded rows. What a pass weighs is in the batch.
+
+    stems: may passes go on behind earlier ones? Then they are all for one process, in this order (`loss.summed_losses`).
+    """
     if layout == "trie":
-        return [learned_batch(trie, device) for trie in trie_passes(examples, budget - virtual_tokens)]
+        return list(trie_batches(parts(examples, room(budget, virtual_tokens), WORTH if stems else NEVER), device, virtual_tokens))
     return [padded_batch(rows, pad_id, device) for rows in padded_passes(examples, budget, virtual_tokens)]
+
+
+def trie_batches(some: Iterable[Part], device: Any, virtual_tokens: int = 0) -> Iterator[dict[str, Any]]:
+    """Parts of rows as batches, each with the stems that it goes on behind."""
+    above: list[Stem] = []
+    for part in some:
+        while above and above[-1].end > part.behind:
+            above.pop()
+        batch = part_batch(part, device, virtual_tokens)
+        stem = None if part.end is None else Stem(above[-1] if above else None, part.end, part.again)
+        if stem or above:
+            batch["trie"] = replace(batch["trie"], memory=Behind(above[-1] if above else None, stem))
+        above += [stem] if stem else []
+        yield batch
 
 
 def mean_loss(
@@ -50,13 +68,22 @@ def mean_loss(
     """sum(weight * nll) / sum(weight) over all rows, however they are batched; each process takes every world-th pass."""
     examples = [e for row in rows for e in row.examples]
     places = virtual_places(model)
-    passes = trie_passes(examples, budget - places) if layout == "trie" else padded_passes(examples, budget, places)
+    if layout == "trie":
+        passes: Sequence[Any] = parts(examples, room(budget, places), WORTH if world == 1 else NEVER)
+        made = trie_batches(progress(passes[rank::world], "Measuring"), device, places)
+    else:
+        passes = padded_passes(examples, budget, places)
+        made = (padded_batch(rows, pad_id, device) for rows in progress(passes[rank::world], "Measuring"))
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def weighed() -> Iterator[dict[str, Any]]:
+        for batch in made:
+            totals[1] += (batch["trie"].weights if layout == "trie" else batch["weights"]).double().sum()
+            yield batch
+
     with measuring(model), autocast():
-        for one in progress(passes[rank::world], "Measuring"):
-            batch = learned_batch(one, device) if layout == "trie" else padded_batch(one, pad_id, device)
-            weights = batch["trie"].weights if layout == "trie" else batch["weights"]
-            totals += torch.stack([summed_loss(model, batch).double(), weights.double().sum()])
+        for loss in summed_losses(model, weighed()):
+            totals[0] += loss.double()
     loss, weight = reduce(totals).tolist()
     return loss / weight
 
@@ -85,7 +112,7 @@ def label_nll(
     """
     paths = [path for i, prompt in enumerate(prompts) for path in labels.paths(prompt, i * len(labels))]
     places = virtual_places(model)
-    passes = trie_rows(paths, budget - places) if layout == "trie" else padded_passes(paths, budget, places)
+    passes = trie_rows(paths, room(budget, places)) if layout == "trie" else padded_passes(paths, budget, places)
     found = torch.zeros(len(paths), dtype=torch.float64, device=device)
     with measuring(model), autocast():
         for rows in progress(passes[rank::world], "Comparing labels"):

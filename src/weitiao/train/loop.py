@@ -41,7 +41,7 @@ from weitiao.train.evaluation import (
     answer_and_score, label_nll, label_prompts, label_weights, make_passes, mean_loss, questions, score_labels,
 )
 from weitiao.train.folder import Checkpoint, RunFolder, write_text
-from weitiao.train.loss import summed_loss
+from weitiao.train.loss import summed_losses
 from weitiao.train.optimizer import SEARCHERS, kinds_of_state, make_optimizer, make_scheduler, step_scheduler, takes_fused
 from weitiao.train.stepping import ByWeight, paged_again
 from weitiao.trie import Example
@@ -233,6 +233,7 @@ class Training:
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer, device_placement=[False, False])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self.stems = takes_stems(training, self.world)
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -327,13 +328,14 @@ class Training:
         torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
         mine, idle = deal(passes, self.rank, self.world)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for i, batch in enumerate(mine):
+        losses = summed_losses(self.model, mine)
+        for i in range(len(mine)):
             if self.world == 1 and stop_requested():
                 self._forget_gradients()
                 return None
             last = i == len(mine) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = summed_loss(self.model, batch)
+                loss = next(losses)
                 if self.by_weight and self.by_weight.in_backward:
                     self.by_weight.due = last
                     if last and not math.isfinite(float(total + loss.detach())):  # before any weight is stepped by it
@@ -394,7 +396,8 @@ class Training:
         return measure
 
     def _passes(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        return make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device, virtual_places(self.plain_model))
+        return make_passes(examples, self.layout, self.budget, self.template.pad_id, self.accelerator.device,
+                           virtual_places(self.plain_model), self.stems)
 
     def _epoch(self, step: int) -> float | None:
         epoch = self.schedule.epoch(step)
@@ -410,15 +413,14 @@ class Training:
     def _stop_at_row(self, step: int, indices: Sequence[int], loss: float) -> None:
         """A loss that is not finite: find the row and stop. Every process looks, so that none waits for another."""
         for i in indices:
-            for batch in self._passes(self.rows[i].examples):
-                with torch.no_grad(), self.accelerator.autocast():
-                    row_loss = float(summed_loss(self.plain_model, batch))
-                if not math.isfinite(row_loss):
-                    raise TrainingStopped(
-                        f"Step {step}: the loss is {loss}; it comes from {self.rows[i].where}.",
-                        "Expected a finite loss; the step was not taken.",
-                        "Look at that row, lower training.learning_rate, or compute in training.precision=fp32.",
-                    )
+            with torch.no_grad(), self.accelerator.autocast():
+                row_loss = sum(float(loss) for loss in summed_losses(self.plain_model, self._passes(self.rows[i].examples)))
+            if not math.isfinite(row_loss):
+                raise TrainingStopped(
+                    f"Step {step}: the loss is {loss}; it comes from {self.rows[i].where}.",
+                    "Expected a finite loss; the step was not taken.",
+                    "Look at that row, lower training.learning_rate, or compute in training.precision=fp32.",
+                )
         raise TrainingStopped(f"Step {step}: the loss is {loss}, though each of its rows alone has a finite one.",
                               "Expected a finite loss; the step was not taken.", "Compute in training.precision=fp32.")
 
@@ -555,6 +557,12 @@ def skip_message(step: int, in_a_row: int, scale: float) -> str:
         )
     return (f"Step {step}: the gradient overflowed float16, so no weight was changed and the learning rate did not move on; "
             f"from now on the loss is scaled by {scale:g}.")
+
+
+def takes_stems(training: TrainingSettings, processes: int) -> bool:
+    """Are prefixes that passes of a step share computed once? A checkpointed layer is computed again when they are gone, and among
+    several processes a step's passes are dealt out."""
+    return not training.checkpointing and processes == 1
 
 
 def deal(passes: Sequence[dict[str, Any]], rank: int, world: int) -> tuple[list[dict[str, Any]], bool]:

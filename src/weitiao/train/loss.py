@@ -9,7 +9,7 @@ forward: a backbone called from outside loses autocast, DDP's hooks and FSDP's g
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from weitiao.model import elementwise
 from weitiao.model.offload import keeping
+from weitiao.model.stems import Stem, memory_of
 from weitiao.model.stream import head_there
 
-CHUNK = 512  # edges whose logits exist at once: 512 x 49,152 x 4 bytes = 100 MB for a vocabulary like SmolLM2's
+CHUNK = 256  # edges whose logits exist at once: 256 x 49,152 x 4 bytes = 50 MB for a vocabulary like SmolLM2's
 
 
 def learn_on_tries(model: nn.Module) -> None:
@@ -214,6 +215,42 @@ def summed_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     if getattr(out, "aux_loss", None) is not None:  # a router's, where the config asks for it
         loss = loss + router_coefficient(model) * out.aux_loss * batch["weights"].sum()
     return loss
+
+
+def summed_losses(model: nn.Module, batches: Iterable[dict[str, Any]]) -> Iterator[torch.Tensor]:
+    """`summed_loss` of each pass, in the order in which they are to go back: a stem's (weitiao.model.stems) when those behind it have."""
+    waiting: list[tuple[Stem, torch.Tensor | dict[str, Any]]] = []  # its loss, or the pass that is to be computed again
+
+    def close() -> Iterator[torch.Tensor]:
+        stem, loss = waiting[-1]
+        if isinstance(loss, dict):
+            with stem.same_noise():
+                loss = summed_loss(model, loss)
+        yield stem.closed(loss)
+        waiting.pop()
+        stem.forget()
+
+    try:
+        for batch in batches:
+            memory = memory_of(batch)
+            while waiting and waiting[-1][0] is not (memory and memory.above):
+                yield from close()
+            if memory and memory.stem and memory.stem.again and torch.is_grad_enabled():
+                memory.stem.remember_noise(batch["input_ids"].device)
+                with torch.no_grad():
+                    model(**batch, return_hidden=True)
+                waiting.append((memory.stem, batch))
+                continue
+            loss = summed_loss(model, batch)
+            if memory and memory.stem:
+                waiting.append((memory.stem, loss))
+            else:
+                yield loss
+        while waiting:
+            yield from close()
+    finally:
+        for stem, _ in waiting:
+            stem.forget()
 
 
 def router_coefficient(model: nn.Module) -> float:

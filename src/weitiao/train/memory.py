@@ -17,11 +17,13 @@ MMAP_THRESHOLD = -3  # of mallopt (malloc.h)
 _gives_back = False
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-MOST_NODES = {"cpu": 4_096, "cuda": 16_384}  # larger passes mostly cost memory, and hide progress
-LEAST_NODES = 512
-# On a CPU (a Zen 5 was measured, benchmarks/results.md) a pass of so many takes no longer a node in float32 than a larger one, and half the memory: the
-# larger are for rows that share. SHARED: more nodes than this, in the place of the fewest, is not worth the memory.
-USUAL_NODES, SHARED = 1_024, 1.05
+# Nodes of a pass, by training.memory. Larger ones than those of "fast" mostly cost memory, and hide progress. On a CPU (a Zen 5 was measured,
+# benchmarks/results.md) 1,024 take half the memory of 4,096 for 0 (float32) to 15 % (bfloat16) more time, 448 three quarters of that for some 15 % more.
+NODES: dict[str, dict[str | None, int]] = {
+    "cpu": {"fast": 4_096, None: 1_024, "balanced": 448, "thrifty": 1_024}, "cuda": {"fast": 16_384, None: 16_384, "balanced": 4_096, "thrifty": 4_096},
+}
+LEAST_NODES = 256
+WORTH = 1.05  # computing more than so many times the nodes is not worth a smaller pass
 
 
 def used(device: Any) -> int:
@@ -144,4 +146,4 @@ def guess(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool, pad
     node = (layers * hidden * compute.itemsize + layer if checkpointing else layers * layer) + (16 * config.vocab_size if padded else 0)
     kind = torch.device(device).type
     room = free(device) / 2 / (processes if kind == "cpu" else 1)
-    return max(LEAST_NODES, min(MOST_NODES.get(kind, MOST_NODES["cuda"]), int(room / node) // 256 * 256))
+    return max(LEAST_NODES, min(NODES.get(kind, NODES["cuda"])[None], int(room / node) // 256 * 256))

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from weitiao.config import Settings
-from weitiao.data.packing import padded_passes, trie_passes, trie_rows
+from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_passes, trie_rows
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
 from weitiao.model import offload, products, stream
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
+from weitiao.model.methods.wiring import kv_shape
 from weitiao.train import memory, stepping
 from weitiao.train.devices import Device
 from weitiao.train.loop import Schedule
@@ -197,7 +198,21 @@ class Subject:
     def passes(self, rows: Sequence[Example], layout: str, budget: int) -> list[list[Example]]:
         if layout == "padded":
             return padded_passes(rows, budget, self.virtual)
-        return trie_rows(rows, max(1, budget - self.virtual))
+        return trie_rows(rows, room(budget, self.virtual))
+
+    def parts(self, rows: Sequence[Example], budget: int, stems: bool) -> list[Part]:
+        return parts(rows, room(budget, self.virtual), WORTH if stems else NEVER)
+
+    def computed(self, rows: Sequence[Example], layout: str, budget: int, stems: bool) -> int:
+        """How many places all passes of a step have."""
+        if layout == "padded":
+            return sum(self.nodes(some, layout) for some in self.passes(rows, layout, max(budget, self.longest)))
+        return sum(part.nodes + self.virtual * (part.behind == 0) for part in self.parts(rows, budget, stems))
+
+    def cost(self, rows: Sequence[Example], layout: str, budget: int, stems: bool) -> float:
+        """The same with what is computed again, which is the forward pass alone, where the base is frozen half of both."""
+        again = sum(part.nodes for part in self.parts(rows, budget, stems) if part.again) if layout == "trie" else 0
+        return self.computed(rows, layout, budget, stems) + again / 2
 
     def nodes(self, rows: Sequence[Example], layout: str) -> int:
         """How many places a pass of these rows has."""
@@ -338,19 +353,21 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     settings, method = subject.settings, subject.method
     case = subject.case(target, layout, checkpointing)
     asked = settings.training.nodes_per_pass
-    most = asked or _most(subject, target, layout, case.compute)
+    stems = layout == "trie" and not checkpointing and target.processes == 1
+    most = asked or _most(subject, target, layout, stems)
     largest_step = max(subject.steps, key=lambda rows: sum(map(len, rows)))
     passes = subject.passes(largest_step, layout, most)
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
     line = _line(subject, target, layout, checkpointing, rows, len(passes) > 1)
     keeps = 0.0 if target.gives_back else KEEPS[target.kind]
-    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target), keeps, most)
-    passes = subject.passes(largest_step, layout, max(budget, subject.longest))
-    rows = max(passes, key=lambda rows: subject.nodes(rows, layout))
-    nodes = subject.nodes(rows, layout)
-    traced = line.at(nodes, edges_of(rows))
+    stem = subject.longest * _bytes_of_a_place(subject, case) if stems else 0  # at most, where a step is more than a pass
+    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target) + stem, keeps, most)
+    rows, nodes, edges, kept = _largest(subject, largest_step, layout, budget, stems)
+    traced = line.at(nodes, edges)
     terms = _terms(traced, target, libraries(case, target))
-    total_nodes, tokens = _epoch(subject, layout, budget)
+    if kept:
+        terms["activations"] = terms.get("activations", 0) + kept * _bytes_of_a_place(subject, case)
+    total_nodes, tokens = _epoch(subject, layout, budget, stems)
     trainable, total = count_parameters(subject.whole)
     if pages := _file_pages(terms["weights"], total - trainable, case, target):
         terms["file pages"] = pages
@@ -359,9 +376,35 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
         {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms, budget), "steps": sum(terms.values())},
         round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
         len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
-        _seconds(case, subject, target, traced, rows, nodes, total_nodes), _disk(settings, method, traced, trainable, total),
+        _seconds(case, subject, target, line.at(subject.nodes(rows, layout), edges_of(rows)), rows, subject.nodes(rows, layout), total_nodes), _disk(settings, method, traced, trainable, total),
         trainable, total, round(traced.host),
     )
+
+
+def _largest(subject: Subject, rows: Sequence[Example], layout: str, budget: int, stems: bool) -> tuple[Sequence[Example], int, int, int]:
+    """(rows of the pass that keeps most at once, the nodes that it then keeps, the learned edges of its own, places of the stems above it)"""
+    if layout == "padded" or not stems:
+        rows = max(subject.passes(rows, layout, max(budget, subject.longest)), key=lambda some: subject.nodes(some, layout))
+        return rows, subject.nodes(rows, layout), edges_of(rows), 0
+    above: list[Part] = []
+    largest = (rows, 0, 0, 0)
+    for part in subject.parts(rows, budget, stems):
+        while above and above[-1].end > part.behind:
+            above.pop()
+        nodes = part.nodes + sum(stem.nodes for stem in above if not stem.again) + subject.virtual
+        if nodes >= largest[1]:
+            trie = part.trie
+            own = part.computed()[trie.parent[trie.edges()]]
+            largest = part.rows, nodes, int(own.sum()), part.behind
+        above += [part] if part.end is not None else []
+    return largest
+
+
+def _bytes_of_a_place(subject: Subject, case: Case) -> int:
+    """Of a stem: keys and values as it keeps them and as a pass reads them, and their gradients in float32."""
+    model = loading.causal_lm(subject.whole)
+    heads, width = kv_shape(model)
+    return 2 * model.config.get_text_config().num_hidden_layers * heads * width * (2 * case.compute.itemsize + 4)
 
 
 def _part(row: Example, tokens: int) -> Example:
@@ -377,17 +420,20 @@ def libraries(case: Case, target: Target) -> int:
     return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and by_onednn)
 
 
-def _most(subject: Subject, target: Target, layout: str, compute: torch.dtype) -> int:
-    """Nodes of a pass at most, however much memory there is."""
-    most = memory.MOST_NODES[target.kind]
-    if target.kind != "cpu" or compute is not torch.float32:
-        return most
+def _most(subject: Subject, target: Target, layout: str, stems: bool) -> int:
+    """Nodes of a pass at most, however much memory there is: few, unless they would make too much be computed once more."""
+    asked = subject.settings.training.memory
+    few, most = memory.NODES[target.kind][asked], memory.NODES[target.kind]["fast"]
+    if stems:
+        if asked == "balanced":
+            return few
+        most = max(most, subject.longest)
 
-    def computed(nodes: int) -> int:
-        return sum(subject.nodes(some, layout) for rows in subject.steps for some in subject.passes(rows, layout, max(nodes, subject.longest)))
+    def cost(nodes: int) -> float:
+        return sum(subject.cost(rows, layout, nodes, stems) for rows in subject.steps)
 
-    few, fewest = memory.USUAL_NODES, computed(most)
-    while few < most and computed(few) > memory.SHARED * fewest:
+    least = cost(most)
+    while few < most and cost(few) > memory.WORTH * least:
         few *= 2
     return few
 
@@ -459,11 +505,11 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
     return round(standing + max(2 * gradients + passing(longest, 0) + logits, gradients + passing(subject.nodes(rows, "trie"), edges_of(rows))))
 
 
-def _epoch(subject: Subject, layout: str, budget: int) -> tuple[int, int]:
+def _epoch(subject: Subject, layout: str, budget: int, stems: bool) -> tuple[int, int]:
     """(nodes, tokens) of an epoch, from the steps that were looked at."""
     tokens = int(subject.row_tokens.sum())
     seen = sum(sum(map(len, rows)) for rows in subject.steps)
-    nodes = sum(subject.nodes(some, layout) for rows in subject.steps for some in subject.passes(rows, layout, max(budget, subject.longest)))
+    nodes = sum(subject.computed(rows, layout, budget, stems) for rows in subject.steps)
     return round(nodes * tokens / max(1, seen)), tokens
 
 

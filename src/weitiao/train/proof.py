@@ -26,10 +26,12 @@ import numpy as np
 import torch
 
 from weitiao.data.batch import learned_batch, padded_batch, trie_batch
+from weitiao.data.packing import NEVER, parts
 from weitiao.model.attention import TrieUnsupported
-from weitiao.model.load import is_mixed
+from weitiao.model.load import is_mixed, virtual_places
 from weitiao.model.quantize import exact_products
-from weitiao.train.loss import summed_loss
+from weitiao.train.evaluation import trie_batches
+from weitiao.train.loss import summed_losses
 from weitiao.trie import Example, Trie, build
 
 ROWS = 8
@@ -64,7 +66,7 @@ class Proof:
 
 def prove(
     model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu", most_tokens: int | None = None,
-    frugal: bool = False,
+    frugal: bool = False, stems: bool = True,
 ) -> Proof:
     """Measure the three on at most `ROWS` examples.
 
@@ -73,6 +75,7 @@ def prove(
         compute: what it computes in; bf16 on float32 weights runs under autocast, as in training.
         most_tokens: of the examples together, where memory holds fewer than usual.
         frugal: compare sketches of gradients (see `sketched`), where memory does not hold all of them, let alone twice.
+        stems: will passes go on behind prefixes that they share (weitiao.model.stems)? Then those do whose gradients are compared.
     """
     examples = picked(shortened(examples) if frugal else examples, most_tokens)
     few = build(examples[:LEAK_ROWS])
@@ -84,7 +87,7 @@ def prove(
     try:
         with _undisturbed(model), autocast:
             scale = HALF_SCALE if compute is torch.float16 else 1.0
-            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device, scale, sketched if frugal else _gradients))
+            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device, scale, sketched if frugal else _gradients, stems))
     except TrieUnsupported as reason:
         return Proof(float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
     passed = all(value <= limit for value, limit in zip(measured, tolerances, strict=True))
@@ -136,11 +139,16 @@ def _hidden(model, trie: Trie, tokens: np.ndarray, device: str) -> torch.Tensor:
         return model(**batch, return_hidden=True).float()
 
 
-def _against_rows(model, trie: Trie, examples: Sequence[Example], device: str, scale: float, gradients: Callable[..., Any]) -> tuple[float, float]:
+def _against_rows(
+    model, trie: Trie, examples: Sequence[Example], device: str, scale: float, gradients: Callable[..., Any], stems: bool,
+) -> tuple[float, float]:
     """(nll_max, grad_rel_max)."""
     nll_max = _nll_difference(model, trie, examples, device)
     weight = sum(float(e.weights.sum()) for e in examples)
-    by_trie = {name: g.clone() for name, g in gradients(model, [learned_batch(trie, device)], weight, scale)}
+    # In two passes at least, so that whatever they share is a stem, however short.
+    passes = parts(examples, len(trie) // 2 if stems else len(trie), worth=1 if stems else NEVER)
+    batches = list(trie_batches(passes, device, virtual_places(model)))
+    by_trie = {name: g.clone() for name, g in gradients(model, batches, weight, scale)}
     rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
     return nll_max, _worst(by_trie, gradients(model, rows, weight, scale))
 
@@ -198,8 +206,8 @@ def sketched(model, batches: Sequence[dict[str, Any]], weight: float, scale: flo
 
     handles = [p.register_post_accumulate_grad_hook(functools.partial(fold, name, i)) for i, (name, p) in enumerate(named)]
     try:
-        for batch in batches:
-            (summed_loss(model, batch) * (scale / weight)).backward()
+        for loss in summed_losses(model, batches):
+            (loss * (scale / weight)).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -248,8 +256,8 @@ def _gradients(
     """Gradients of `scale` times the summed loss of all batches over `weight`, the examples' own: one after the other, so that no
     more than the model's own are held."""
     model.zero_grad(set_to_none=True)
-    for batch in batches:
-        (summed_loss(model, batch) * (scale / weight)).backward()
+    for loss in summed_losses(model, batches):
+        (loss * (scale / weight)).backward()
     yield from ((name, p.grad.detach()) for name, p in model.named_parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
 

@@ -42,7 +42,7 @@ from weitiao.train.needs import NoPlan, Plan, Subject, Target, needs
 from weitiao.train.check import Report, cache_of, eval_settings, report, room_and_vocabulary, show_brief
 from weitiao.train.fitness import setting_findings
 from weitiao.train.folder import Checkpoint, RunFolder, free_name
-from weitiao.train.loop import Schedule, StreamedSchedule, Training, schedule_for
+from weitiao.train.loop import Schedule, StreamedSchedule, Training, schedule_for, takes_stems
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unfit
 from weitiao.train.proof import Proof, compare, prove
@@ -370,7 +370,7 @@ def settle_checkpointing(job: Job, screen: Screen) -> bool:
     if asked is not None or not (job.planned and job.planned.checkpointing):
         return bool(asked)
     loading.checkpoint_activations(job.model)
-    screen.tell(f"Activations are recomputed in the backward pass: the longest row, {job.subject.longest:,} tokens, would not fit otherwise.")
+    screen.tell("Activations are recomputed in the backward pass: this run would not fit otherwise.")
     return True
 
 
@@ -408,7 +408,8 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
         proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None,
-                      frugal=job.settings.proves_frugally)
+                      frugal=job.settings.proves_frugally, stems=takes_stems(
+                          job.settings.training, job.accelerator.num_processes) and not (job.planned and job.planned.checkpointing))
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(

@@ -10,7 +10,7 @@ from weitiao.data.stored import TrainingRow
 from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train.folder import Checkpoint, RunFolder, open_run
-from weitiao.train.loop import Training
+from weitiao.train.loop import Training, takes_stems
 from weitiao.train.proof import ROWS, prove as prove_trie
 from weitiao.train.train import Job, encoding_beside, prepare, refuse_other_rows
 
@@ -45,7 +45,8 @@ def prove(path: str, batches: int, steps: int) -> None:
             failed.append(f"steps {made[0]} to {made[-1]} have other losses than their record")
     if job.settings.training.layout == "trie":
         job.method.load(job.model, weights / job.method.FOLDER)
-        proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device))
+        proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device),
+                            stems=takes_stems(job.settings.training, job.accelerator.num_processes))
                   for examples in screen.progress(batches_of(job, batches), "Trie against rows")]
         worst = {name: max(getattr(p, name) for p in proofs) for name in ("leak_max", "nll_max", "grad_rel_max")}
         rows = sum(p.rows for p in proofs)
