@@ -4,8 +4,8 @@
         [--rounds 2] [--threads 2]
 
 FOLDER holds the rows' files (benchmarks/jobs.py). The same steps (12 rows each, loss and backward pass) in passes of at most so many nodes,
-with stems (weitiao.model.stems) and without, each in a process of its own and in turn. Printed: nodes computed, the median second of a step
-and its microseconds a node of those that are computed, the peak memory of the process, and how far the gradients of the last step are
+with stems (weitiao.model.stems) and without, each in a process of its own and in turn. Printed: nodes computed (what is computed again not counted), seconds a step, over
+three steps, the median of the rounds, and microseconds a node, the peak memory of the process, and how far the gradients of the last step are
 from those of the first way named (norm of the difference / norm).
 """
 

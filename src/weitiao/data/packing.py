@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,7 +119,9 @@ def parts(examples: Sequence[Example], budget: int, worth: float = WORTH) -> lis
     """
     if worth == NEVER:
         return [part for part in map(Part, trie_rows(examples, budget)) if part.nodes]
-    rows = sorted(examples, key=sort_key)
+    rows = sorted(filter(None, map(_learned, examples)), key=sort_key)
+    if not rows:
+        return []
     shared = _shared(rows)
     # A long prefix of all rows is computed again rather than taking the room of what goes on behind it.
     first = min(shared, default=0)
@@ -127,6 +130,12 @@ def parts(examples: Sequence[Example], budget: int, worth: float = WORTH) -> lis
     starts = _starts([len(row) - first for row in rows], [n - first for n in shared], 1, budget)
     found = _behind_stems(rows, shared, [*starts, len(rows)], first, worth)
     return _within(budget, [piece for part in found for piece in _pieces(part, budget)])
+
+
+def _learned(row: Example) -> Example | None:
+    """Up to the last token that is learned; None: nothing is."""
+    stop = int(np.flatnonzero(row.weights)[-1]) + 1 if row.weights.any() else 0
+    return None if not stop else row if stop == len(row) else Example(row.ids[:stop], row.weights[:stop], row.row)
 
 
 def _behind_stems(rows: Sequence[Example], shared: Sequence[int], starts: list[int], first: int, worth: float) -> Iterator[Part]:
@@ -163,16 +172,22 @@ def _pieces(part: Part, budget: int) -> Iterator[Part]:
 
 def _within(budget: int, found: Sequence[Part]) -> list[Part]:
     """The same with so many stems computed again, the longest first, that no more than the budget is there at once."""
-    above: list[int] = []  # which parts are stems of the one that is looked at
-    again: set[int] = set()
-    for i, part in enumerate(found):
-        while above and found[above[-1]].end > part.behind:
+    again: set[Part] = set()
+    for part, above in with_stems(found):
+        while (kept := [stem for stem in above if stem not in again]) and part.nodes + sum(stem.nodes for stem in kept) > budget:
+            again.add(max(kept, key=lambda stem: stem.nodes))
+    return [replace(part, again=True) if part in again else part for part in found]
+
+
+def with_stems(found: Iterable[Part]) -> Iterator[tuple[Part, list[Part]]]:
+    """Each of these parts, in their order, and the stems that it goes on behind, the first places first."""
+    above: list[Part] = []
+    for part in found:
+        while above and above[-1].end > part.behind:
             above.pop()
-        while (kept := [k for k in above if k not in again]) and part.nodes + sum(found[k].nodes for k in kept) > budget:
-            again.add(max(kept, key=lambda k: found[k].nodes))
+        yield part, [*above]
         if part.end is not None:
-            above.append(i)
-    return [replace(part, again=True) if i in again else part for i, part in enumerate(found)]
+            above.append(part)
 
 
 def _parted(starts: Sequence[int], shared: Sequence[int], weakest: int, worth: float) -> list[list[int]]:
@@ -192,8 +207,9 @@ def _parted(starts: Sequence[int], shared: Sequence[int], weakest: int, worth: f
             breaks.update(parted)
         elif start > starts[0] and shared[start - 1] == weakest:
             breaks.add(start)
-    edges = sorted(breaks)
-    return [[i for i in sorted(bounds) if a <= i <= b] for a, b in zip(edges, edges[1:])]
+    every = sorted(bounds)
+    at = [bisect_left(every, edge) for edge in sorted(breaks)]
+    return [every[a : b + 1] for a, b in zip(at, at[1:])]
 
 
 def padded_passes(examples: Sequence[Example], budget: int, virtual_tokens: int = 0) -> list[list[Example]]:

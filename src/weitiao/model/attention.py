@@ -82,7 +82,7 @@ def trie_attention(
     # A window wider than the longest row hides nothing.
     prefix = key.shape[2] - query.shape[2]
     window = sliding_window if sliding_window and sliding_window < prefix + trie.longest else None
-    return attend(query, key, value, trie, scale, window, dropout, getattr(module, "layer_idx", 0)).transpose(1, 2), None
+    return attend(query, key, value, trie, scale, window, dropout, getattr(module, "layer_idx", id(module))).transpose(1, 2), None
 
 
 def attend(

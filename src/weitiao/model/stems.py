@@ -46,7 +46,11 @@ class Stem:
 
     def chain(self) -> list[Stem]:
         """From the first place on, itself last."""
-        return [*(self.above.chain() if self.above else []), self]
+        found, stem = [], self
+        while stem is not None:
+            found.append(stem)
+            stem = stem.above
+        return found[::-1]
 
     def lend(self, name: Name, like: torch.Tensor | None = None) -> torch.Tensor:
         """What is kept, for a pass of its own: its gradient comes into `gradients`, and goes no further for now.

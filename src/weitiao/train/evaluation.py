@@ -17,7 +17,7 @@ import torch
 from weitiao import metrics
 from weitiao.data.batch import learned_batch, padded_batch, part_batch
 from weitiao.data.labels import Labels, prompt_of
-from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_rows
+from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_rows, with_stems
 from weitiao.data.stored import TrainingRow
 from weitiao.data.templates import Template
 from weitiao.model.generate import Sampling, answer_all
@@ -28,6 +28,7 @@ from weitiao.train.loss import summed_losses, token_nll
 from weitiao.trie import Example, build_with_paths
 
 Progress = Callable[[Iterable, str], Iterable]
+WITHOUT_GRADIENTS = 4  # times the nodes of a pass that trains: that keeps the activations of all layers, this one's of a layer
 
 
 def no_progress(items: Iterable, what: str) -> Iterable:
@@ -48,15 +49,15 @@ def make_passes(
 
 def trie_batches(some: Iterable[Part], device: Any, virtual_tokens: int = 0) -> Iterator[dict[str, Any]]:
     """Parts of rows as batches, each with the stems that it goes on behind."""
-    above: list[Stem] = []
-    for part in some:
-        while above and above[-1].end > part.behind:
-            above.pop()
+    stems: dict[Part, Stem] = {}
+    for part, above in with_stems(some):
+        stems = {stem: stems[stem] for stem in above}
+        behind = stems[above[-1]] if above else None
         batch = part_batch(part, device, virtual_tokens)
-        stem = None if part.end is None else Stem(above[-1] if above else None, part.end, part.again)
-        if stem or above:
-            batch["trie"] = replace(batch["trie"], memory=Behind(above[-1] if above else None, stem))
-        above += [stem] if stem else []
+        if part.end is not None:
+            stems[part] = Stem(behind, part.end, part.again)
+        if behind or part in stems:
+            batch["trie"] = replace(batch["trie"], memory=Behind(behind, stems.get(part)))
         yield batch
 
 
@@ -69,7 +70,7 @@ def mean_loss(
     examples = [e for row in rows for e in row.examples]
     places = virtual_places(model)
     if layout == "trie":
-        passes: Sequence[Any] = parts(examples, room(budget, places), WORTH if world == 1 else NEVER)
+        passes: Sequence[Any] = parts(examples, WITHOUT_GRADIENTS * room(budget, places), WORTH if world == 1 else NEVER)
         made = trie_batches(progress(passes[rank::world], "Measuring"), device, places)
     else:
         passes = padded_passes(examples, budget, places)
@@ -112,7 +113,7 @@ def label_nll(
     """
     paths = [path for i, prompt in enumerate(prompts) for path in labels.paths(prompt, i * len(labels))]
     places = virtual_places(model)
-    passes = trie_rows(paths, room(budget, places)) if layout == "trie" else padded_passes(paths, budget, places)
+    passes = trie_rows(paths, WITHOUT_GRADIENTS * room(budget, places)) if layout == "trie" else padded_passes(paths, budget, places)
     found = torch.zeros(len(paths), dtype=torch.float64, device=device)
     with measuring(model), autocast():
         for rows in progress(passes[rank::world], "Comparing labels"):

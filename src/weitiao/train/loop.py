@@ -11,6 +11,7 @@ the steps that it would have made.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -328,24 +329,24 @@ class Training:
         torch.manual_seed(_seed(self.settings.training.seed, step, self.rank))
         mine, idle = deal(passes, self.rank, self.world)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        losses = summed_losses(self.model, mine)
-        for i in range(len(mine)):
-            if self.world == 1 and stop_requested():
-                self._forget_gradients()
-                return None
-            last = i == len(mine) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = next(losses)
-                if self.by_weight and self.by_weight.in_backward:
-                    self.by_weight.due = last
-                    if last and not math.isfinite(float(total + loss.detach())):  # before any weight is stepped by it
-                        self._forget_gradients()
-                        return float(total + loss.detach()) / weight
-                if last and idle:  # this process has a pass less than others: it takes part, with weight 0
-                    loss = loss * 0.0
-                # DDP averages over processes; the sum is wanted
-                self.accelerator.backward(loss * (self.world / weight))
-            total += loss.detach().double()
+        with contextlib.closing(summed_losses(self.model, mine)) as losses:
+            for i in range(len(mine)):
+                if self.world == 1 and stop_requested():
+                    self._forget_gradients()
+                    return None
+                last = i == len(mine) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    loss = next(losses)
+                    if self.by_weight and self.by_weight.in_backward:
+                        self.by_weight.due = last
+                        if last and not math.isfinite(float(total + loss.detach())):  # before any weight is stepped by it
+                            self._forget_gradients()
+                            return float(total + loss.detach()) / weight
+                    if last and idle:  # this process has a pass less than others: it takes part, with weight 0
+                        loss = loss * 0.0
+                    # DDP averages over processes; the sum is wanted
+                    self.accelerator.backward(loss * (self.world / weight))
+                total += loss.detach().double()
         return float(self.accelerator.reduce(total, reduction="sum")) / weight
 
     def _change(self, step: int, passes: Sequence[dict[str, Any]], weight: float, loss: float) -> None:

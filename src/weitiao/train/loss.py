@@ -71,6 +71,17 @@ def casts_once() -> Iterator[None]:
         torch.set_autocast_cache_enabled(kept)
 
 
+@contextmanager
+def casts_uncached() -> Iterator[None]:
+    """The same where no gradient is taken, in the middle of a step."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 def logit_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """What some families do to logits after the head: Gemma caps them, Cohere and Granite scale them."""
     cap = getattr(config, "final_logit_softcapping", None)
@@ -122,12 +133,13 @@ class _EdgeLoss(torch.autograd.Function):
     def forward(ctx, hidden, targets, weights, head, transform, chunk, *head_parameters):
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         d_hidden = torch.zeros_like(hidden)
-        d_head = [torch.zeros_like(p) for p in head_parameters]
+        d_head = [torch.zeros_like(p) for p in head_parameters] if len(targets) else []
         add_gradients = _add_product if _is_plain_product(hidden, head, head_parameters) else _add_graph
         for a in range(0, len(targets), chunk):
             part = slice(a, a + chunk)
             loss += add_gradients(hidden[part], targets[part], weights[part], head, transform, head_parameters, d_hidden[part], d_head)
         ctx.gradients = d_hidden, *d_head
+        ctx.head_parameters = head_parameters
         return loss
 
     @staticmethod
@@ -138,6 +150,7 @@ class _EdgeLoss(torch.autograd.Function):
         del gradients  # autograd takes over what nobody else holds, and copies the rest
         for d in (d_hidden, *d_head):
             d.mul_(grad)
+        d_head = d_head or [torch.zeros_like(p) for p in ctx.head_parameters]  # nothing learned: none is held until here
         return (d_hidden, None, None, None, None, None, *d_head)
 
 
@@ -237,7 +250,7 @@ def summed_losses(model: nn.Module, batches: Iterable[dict[str, Any]]) -> Iterat
                 yield from close()
             if memory and memory.stem and memory.stem.again and torch.is_grad_enabled():
                 memory.stem.remember_noise(batch["input_ids"].device)
-                with torch.no_grad():
+                with torch.no_grad(), casts_uncached():
                     model(**batch, return_hidden=True)
                 waiting.append((memory.stem, batch))
                 continue

@@ -20,10 +20,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Nodes of a pass, by training.memory. Larger ones than those of "fast" mostly cost memory, and hide progress. On a CPU (a Zen 5 was measured,
 # benchmarks/results.md) 1,024 take half the memory of 4,096 for 0 (float32) to 15 % (bfloat16) more time, 448 three quarters of that for some 15 % more.
 NODES: dict[str, dict[str | None, int]] = {
-    "cpu": {"fast": 4_096, None: 1_024, "balanced": 448, "thrifty": 1_024}, "cuda": {"fast": 16_384, None: 16_384, "balanced": 4_096, "thrifty": 4_096},
+    "cpu": {"fast": 4_096, None: 1_024, "balanced": 448, "thrifty": 4_096}, "cuda": {"fast": 16_384, None: 16_384, "balanced": 4_096, "thrifty": 16_384},
 }
 LEAST_NODES = 256
-WORTH = 1.05  # computing more than so many times the nodes is not worth a smaller pass
+MORE = 1.05  # times the nodes: computing more of them is not worth a smaller pass
 
 
 def used(device: Any) -> int:
@@ -134,8 +134,8 @@ def device_name(device: Any) -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
-def guess(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool, padded: bool, device: Any, processes: int) -> int:
-    """Nodes of a pass, for a model that cannot be planned: half of what is free, over what a layer like Llama's with LoRA keeps of a node.
+def guess(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool, padded: bool, device: Any, processes: int, asked: str | None = None) -> int:
+    """Nodes of a pass (asked: training.memory), for a model that cannot be planned: half of what is free, over what a layer like Llama's with LoRA keeps of a node.
 
     That is some 16 hidden vectors and 5 of the MLP's inner width; with checkpointing its input, and one layer's worth besides.
     """
@@ -146,4 +146,4 @@ def guess(model: torch.nn.Module, compute: torch.dtype, checkpointing: bool, pad
     node = (layers * hidden * compute.itemsize + layer if checkpointing else layers * layer) + (16 * config.vocab_size if padded else 0)
     kind = torch.device(device).type
     room = free(device) / 2 / (processes if kind == "cpu" else 1)
-    return max(LEAST_NODES, min(NODES.get(kind, NODES["cuda"])[None], int(room / node) // 256 * 256))
+    return max(LEAST_NODES, min(NODES.get(kind, NODES["cuda"])[asked], int(room / node) // 256 * 256))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from weitiao.config import Settings
-from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_passes, trie_rows
+from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_passes, trie_rows, with_stems
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
 from weitiao.model import offload, products, stream
@@ -30,7 +30,7 @@ from weitiao.train import memory, stepping
 from weitiao.train.devices import Device
 from weitiao.train.loop import Schedule
 from weitiao.train.loss import CHUNK
-from weitiao.train.proof import picked, shortened
+from weitiao.train.proof import picked, proven_tokens, shortened
 from weitiao.train.trace import TERMS, Case, Trace, alike, attention_flops, build_model, by_keys, segments_of, trace, with_layers
 from weitiao.trie import Example
 
@@ -46,6 +46,7 @@ CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 KEEPS = {"cpu": 1.2, "cuda": 0.08}
 PASSING = ("activations", "logits", "work space")
 STEP_OF_BUDGET = 256  # nodes
+CALL = 32  # nodes that could be computed in the time that one more call of the model takes
 TRACED_BY_SEGMENTS = 2048  # tokens
 FULL_ADAMS = ("adam", "adamw", "adamw_torch", "adamw_torch_fused")  # that keep two numbers a weight, as wide as it is stepped
 MOST_STEPS = 50  # that are laid out to find the largest pass and how much is shared
@@ -95,7 +96,7 @@ class Target:
 class Plan:
     """terms: bytes at the worst moment of a step (see trace.TERMS). parts: the most bytes of each part of a run: load, proof, steps.
 
-    kept: bytes that the allocator may keep beside them; gives_back: is it told not to? budget: nodes a pass; largest: nodes of the largest pass. tokens, nodes: an epoch's. seconds: of an epoch; None if no speed is known.
+    kept: bytes that the allocator may keep beside them; gives_back: is it told not to? budget: nodes a pass; largest: nodes that are kept at once. tokens, nodes: an epoch's. seconds: of an epoch; None if no speed is known.
     disk: bytes by what is kept. trainable, total: parameters. host: bytes in the host's memory beside a GPU's.
     """
 
@@ -210,9 +211,10 @@ class Subject:
         return sum(part.nodes + self.virtual * (part.behind == 0) for part in self.parts(rows, budget, stems))
 
     def cost(self, rows: Sequence[Example], layout: str, budget: int, stems: bool) -> float:
-        """The same with what is computed again, which is the forward pass alone, where the base is frozen half of both."""
-        again = sum(part.nodes for part in self.parts(rows, budget, stems) if part.again) if layout == "trie" else 0
-        return self.computed(rows, layout, budget, stems) + again / 2
+        """The same with what is computed again, which is the forward pass alone, where the base is frozen half of both; and with the calls."""
+        if layout == "padded":
+            return self.computed(rows, layout, budget, stems)
+        return sum(part.nodes * (1.5 if part.again else 1.0) + self.virtual * (part.behind == 0) + CALL for part in self.parts(rows, budget, stems))
 
     def nodes(self, rows: Sequence[Example], layout: str) -> int:
         """How many places a pass of these rows has."""
@@ -360,50 +362,49 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
     line = _line(subject, target, layout, checkpointing, rows, len(passes) > 1)
     keeps = 0.0 if target.gives_back else KEEPS[target.kind]
-    stem = subject.longest * _bytes_of_a_place(subject, case) if stems else 0  # at most, where a step is more than a pass
-    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target) + stem, keeps, most)
+    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target), keeps, most)
+    if not asked and stems and (budget < most or len(passes) > 1):  # there will be stems, of the longest row's places at most
+        held = subject.longest * _bytes_of_a_place(subject, case)
+        budget = _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target) + held, keeps, most)
     rows, nodes, edges, kept = _largest(subject, largest_step, layout, budget, stems)
     traced = line.at(nodes, edges)
     terms = _terms(traced, target, libraries(case, target))
     if kept:
         terms["activations"] = terms.get("activations", 0) + kept * _bytes_of_a_place(subject, case)
     total_nodes, tokens = _epoch(subject, layout, budget, stems)
+    again = subject.cost(largest_step, layout, budget, stems) / subject.computed(largest_step, layout, budget, stems)
     trainable, total = count_parameters(subject.whole)
     if pages := _file_pages(terms["weights"], total - trainable, case, target):
         terms["file pages"] = pages
     return Plan(
         target.name, target.available, str(case.compute)[6:], layout, checkpointing, budget, nodes, terms,
-        {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms, budget), "steps": sum(terms.values())},
+        {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms, budget, stems), "steps": sum(terms.values())},
         round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
         len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
-        _seconds(case, subject, target, line.at(subject.nodes(rows, layout), edges_of(rows)), rows, subject.nodes(rows, layout), total_nodes), _disk(settings, method, traced, trainable, total),
+        _seconds(case, subject, target, line.at(subject.nodes(rows, layout), edges_of(rows)), rows, subject.nodes(rows, layout), again * total_nodes), _disk(settings, method, traced, trainable, total),
         trainable, total, round(traced.host),
     )
 
 
 def _largest(subject: Subject, rows: Sequence[Example], layout: str, budget: int, stems: bool) -> tuple[Sequence[Example], int, int, int]:
-    """(rows of the pass that keeps most at once, the nodes that it then keeps, the learned edges of its own, places of the stems above it)"""
+    """(rows of the pass with which most is kept at once, the nodes that are, the learned edges of its own, the most places of stems above one)"""
     if layout == "padded" or not stems:
         rows = max(subject.passes(rows, layout, max(budget, subject.longest)), key=lambda some: subject.nodes(some, layout))
         return rows, subject.nodes(rows, layout), edges_of(rows), 0
-    above: list[Part] = []
-    largest = (rows, 0, 0, 0)
-    for part in subject.parts(rows, budget, stems):
-        while above and above[-1].end > part.behind:
-            above.pop()
-        nodes = part.nodes + sum(stem.nodes for stem in above if not stem.again) + subject.virtual
-        if nodes >= largest[1]:
-            trie = part.trie
-            own = part.computed()[trie.parent[trie.edges()]]
-            largest = part.rows, nodes, int(own.sum()), part.behind
-        above += [part] if part.end is not None else []
-    return largest
+    found = list(with_stems(subject.parts(rows, budget, stems)))
+    at_once = [part.nodes + sum(stem.nodes for stem in above if not stem.again) + subject.virtual for part, above in found]
+    largest = found[int(np.argmax(at_once))][0]
+    edges = int(largest.computed()[largest.trie.parent[largest.trie.edges()]].sum())
+    return largest.rows, max(at_once), edges, max(part.behind for part, _ in found)  # they need not be of the same pass
 
 
 def _bytes_of_a_place(subject: Subject, case: Case) -> int:
-    """Of a stem: keys and values as it keeps them and as a pass reads them, and their gradients in float32."""
+    """Of a stem: keys and values as it keeps them and as a pass reads them, and their gradients in float32. 0 where a config does not tell."""
     model = loading.causal_lm(subject.whole)
-    heads, width = kv_shape(model)
+    try:
+        heads, width = kv_shape(model)
+    except (AttributeError, TypeError):
+        return 0
     return 2 * model.config.get_text_config().num_hidden_layers * heads * width * (2 * case.compute.itemsize + 4)
 
 
@@ -433,7 +434,7 @@ def _most(subject: Subject, target: Target, layout: str, stems: bool) -> int:
         return sum(subject.cost(rows, layout, nodes, stems) for rows in subject.steps)
 
     least = cost(most)
-    while few < most and cost(few) > memory.WORTH * least:
+    while few < most and cost(few) > memory.MORE * least:
         few *= 2
     return few
 
@@ -485,12 +486,12 @@ def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, t
     return held + (0 if stored is dtype and case.settings.model.quantize == "none" else total * stored.itemsize)
 
 
-def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budget: int) -> int:
+def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budget: int, stems: bool) -> int:
     """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
     if case.layout != "trie":
         return 0
     frugal = case.settings.proves_frugally
-    rows = picked(shortened(subject.step(1)) if frugal else subject.step(1), budget)
+    rows = picked(shortened(subject.step(1)) if frugal else subject.step(1), proven_tokens(budget, subject.longest))
     longest = max(map(len, rows))
     standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework", "file pages"))
     gradients = 0 if frugal else line.traces[1].windows["optimizer"].get("gradients", 0)  # let go as they come; sketches are held
@@ -502,7 +503,9 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
 
     vocabulary = subject.config.get_text_config().vocab_size
     logits = longest * vocabulary * (4 + 2 * case.compute.itemsize)
-    return round(standing + max(2 * gradients + passing(longest, 0) + logits, gradients + passing(subject.nodes(rows, "trie"), edges_of(rows))))
+    nodes = subject.nodes(rows, "trie")
+    at_once = max(longest, -(-nodes // 2)) if stems else nodes
+    return round(standing + max(2 * gradients + passing(longest, 0) + logits, gradients + passing(at_once, edges_of(rows))))
 
 
 def _epoch(subject: Subject, layout: str, budget: int, stems: bool) -> tuple[int, int]:
@@ -514,7 +517,7 @@ def _epoch(subject: Subject, layout: str, budget: int, stems: bool) -> tuple[int
 
 
 def _seconds(
-    case: Case, subject: Subject, target: Target, traced: Trace, rows: Sequence[Example], nodes: int, total_nodes: int,
+    case: Case, subject: Subject, target: Target, traced: Trace, rows: Sequence[Example], nodes: int, total_nodes: float,
 ) -> float | None:
     """Of an epoch: products by their speed, the rest by the bytes it moves."""
     target = with_speeds(target, case.config, case.compute)

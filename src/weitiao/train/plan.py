@@ -301,7 +301,7 @@ def show(planned: Plan, subject: Subject, target: Target, screen: Screen, rows: 
     ])
     screen.table("Memory at the worst moment of a step", [
         *((name, f"{format_bytes(size):>10}  {MEANINGS[name]}") for name, size in planned.terms.items() if size >= WORTH_TELLING),
-        ("in all", f"{format_bytes(planned.parts['steps']):>10}  passes of up to {planned.largest:,} nodes"),
+        ("in all", f"{format_bytes(planned.parts['steps']):>10}  up to {planned.largest:,} nodes at once"),
     ])
     others = [f"{name} {format_bytes(planned.parts[name])}" for name in ("load", "proof") if planned.parts[name]]
     kept = f"; the allocator may keep {format_bytes(planned.kept)} beside it" if planned.kept >= WORTH_TELLING else ""

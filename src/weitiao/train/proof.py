@@ -6,7 +6,8 @@ and other branches by 5e-3. So three things are measured, and each can fail:
     leak_max       change the tokens of some branches: how far do the hidden states of all other nodes move?
                    (relative to their largest; a right model gives exactly 0)
     nll_max        nll of every learned edge, trie against one row at a time
-    grad_rel_max   gradients of every trained tensor, trie against one row at a time: |difference| / |gradient|, the worst
+    grad_rel_max   gradients of every trained tensor, trie (in two halves behind what they share, where the run has stems) against one row at a
+                   time: |difference| / |gradient|, the worst
                    tensor; tensors whose gradient is a thousandth of the largest count against that instead
 
 In train mode with every dropout at 0, so that what is proven is what trains; a method whose new weights start at zero has
@@ -260,6 +261,11 @@ def _gradients(
         (loss * (scale / weight)).backward()
     yield from ((name, p.grad.detach()) for name, p in model.named_parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
+
+
+def proven_tokens(budget: int, longest: int) -> int:
+    """Of the rows of a proof together, where passes have so many nodes: its gradients go in two halves, and a plain row alone."""
+    return budget + min(longest, LONGEST)
 
 
 def picked(examples: Sequence[Example], most_tokens: int | None = None) -> list[Example]:

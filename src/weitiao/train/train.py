@@ -45,7 +45,7 @@ from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, StreamedSchedule, Training, schedule_for, takes_stems
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unfit
-from weitiao.train.proof import Proof, compare, prove
+from weitiao.train.proof import Proof, compare, prove, proven_tokens
 from weitiao.train.tree import show_tree
 from weitiao.trie import Example
 
@@ -361,11 +361,12 @@ def found_from_anywhere(data: DataSettings, max_tokens: int) -> DataSettings:
 def guessed(job: Job, checkpointing: bool, layout: str) -> int:
     """Nodes of a pass without a plan."""
     model = loading.causal_lm(job.model)
-    return memory.guess(model, job.compute, checkpointing, layout == "padded", job.accelerator.device, job.accelerator.num_processes)
+    return memory.guess(model, job.compute, checkpointing, layout == "padded", job.accelerator.device, job.accelerator.num_processes,
+                        job.settings.training.memory)
 
 
 def settle_checkpointing(job: Job, screen: Screen) -> bool:
-    """As asked; else on where the plan says that the longest row would not fit without."""
+    """As asked; else on where the plan says that the run would not fit without."""
     asked = job.settings.training.checkpointing
     if asked is not None or not (job.planned and job.planned.checkpointing):
         return bool(asked)
@@ -407,7 +408,8 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     first = first_rows(job)
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
-        proof = prove(job.model, first, job.compute, str(job.accelerator.device), job.planned.budget if job.planned else None,
+        proof = prove(job.model, first, job.compute, str(job.accelerator.device),
+                      proven_tokens(job.planned.budget, job.subject.longest) if job.planned else None,
                       frugal=job.settings.proves_frugally, stems=takes_stems(
                           job.settings.training, job.accelerator.num_processes) and not (job.planned and job.planned.checkpointing))
     if proof.passed:

@@ -168,7 +168,7 @@ def proof_rows(trained: Trained) -> list[TrainingRow]:
 
 def loss_of(model: torch.nn.Module, rows: Sequence[TrainingRow], pad_id: int, autocast: Callable[[], Any]) -> float:
     device = next(model.parameters()).device
-    return mean_loss(model, rows, "padded", memory.LEAST_NODES, pad_id, device, autocast)
+    return mean_loss(model, rows, "padded", 2 * memory.LEAST_NODES, pad_id, device, autocast)
 
 
 def logits_of(model: torch.nn.Module, rows: Sequence[TrainingRow]) -> list[torch.Tensor]:
