@@ -18,12 +18,12 @@ _gives_back = False
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 # Nodes of a pass, by training.memory. Larger ones than those of "fast" mostly cost memory, and hide progress. On a CPU (a Zen 5 was measured,
-# benchmarks/results.md) 1,024 take half the memory of 4,096 for 0 (float32) to 15 % (bfloat16) more time, 448 three quarters of that for some 15 % more.
+# benchmarks/results.md) 1,024 take half the memory of 4,096 for 0 (float32) to 15 % (bfloat16) more time, 448 four fifths of that for some 15 % more.
 NODES: dict[str, dict[str | None, int]] = {
     "cpu": {"fast": 4_096, None: 1_024, "balanced": 448, "thrifty": 4_096}, "cuda": {"fast": 16_384, None: 16_384, "balanced": 4_096, "thrifty": 16_384},
 }
 LEAST_NODES = 256
-MORE = 1.05  # times the nodes: computing more of them is not worth a smaller pass
+MORE = 1.1  # times the nodes: computing more of them is not worth a smaller pass
 
 
 def used(device: Any) -> int:
