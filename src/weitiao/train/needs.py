@@ -356,7 +356,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     case = subject.case(target, layout, checkpointing)
     asked = settings.training.nodes_per_pass
     stems = layout == "trie" and not checkpointing and target.processes == 1
-    most = asked or _most(subject, target, layout, stems)
+    most = asked or _most(subject, target, layout, case.compute, stems)
     largest_step = max(subject.steps, key=lambda rows: sum(map(len, rows)))
     passes = subject.passes(largest_step, layout, most)
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
@@ -421,10 +421,12 @@ def libraries(case: Case, target: Target) -> int:
     return FRAMEWORK[target.kind] + PRODUCTS * (target.kind == "cpu" and by_onednn)
 
 
-def _most(subject: Subject, target: Target, layout: str, stems: bool) -> int:
+def _most(subject: Subject, target: Target, layout: str, compute: torch.dtype, stems: bool) -> int:
     """Nodes of a pass at most, however much memory there is: few, unless they would make too much be computed once more."""
     asked = subject.settings.training.memory
     few, most = memory.NODES[target.kind][asked], memory.NODES[target.kind]["fast"]
+    if asked is None and target.kind == "cpu" and compute.itemsize < 4:
+        few *= memory.IN_HALVES
     if stems:
         if asked == "balanced":
             return few
