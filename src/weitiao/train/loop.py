@@ -234,7 +234,7 @@ class Training:
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer, device_placement=[False, False])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self.stems = takes_stems(training, self.world)
+        self.stems = takes_stems(training.checkpointing, self.world)
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -560,10 +560,10 @@ def skip_message(step: int, in_a_row: int, scale: float) -> str:
             f"from now on the loss is scaled by {scale:g}.")
 
 
-def takes_stems(training: TrainingSettings, processes: int) -> bool:
+def takes_stems(checkpointing: bool | None, processes: int) -> bool:
     """Are prefixes that passes of a step share computed once? A checkpointed layer is computed again when they are gone, and among
     several processes a step's passes are dealt out."""
-    return not training.checkpointing and processes == 1
+    return not checkpointing and processes == 1
 
 
 def deal(passes: Sequence[dict[str, Any]], rank: int, world: int) -> tuple[list[dict[str, Any]], bool]:

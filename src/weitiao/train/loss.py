@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,24 +56,18 @@ def learn_on_tries(model: nn.Module) -> None:
     model.learns_on_tries = True
 
 
-@contextmanager
-def casts_once() -> Iterator[None]:
+def casts_once() -> AbstractContextManager[None]:
     """Where gradients are taken, autocast keeps no casts of weights for a second use: in a pass a weight has one.
 
     Without checkpointing the backward pass keeps them anyway. With it they would all live from the first layer on, 2 bytes a trained
     weight, and be made again nevertheless.
     """
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(kept and not torch.is_grad_enabled())
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
+    return casts_uncached() if torch.is_grad_enabled() else nullcontext()
 
 
 @contextmanager
 def casts_uncached() -> Iterator[None]:
-    """The same where no gradient is taken, in the middle of a step."""
+    """Also for a pass in the middle of a step whose gradients are not taken yet."""
     kept = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -28,7 +28,7 @@ from weitiao.model.methods.method import Method
 from weitiao.model.methods.wiring import kv_shape
 from weitiao.train import memory, stepping
 from weitiao.train.devices import Device
-from weitiao.train.loop import Schedule
+from weitiao.train.loop import Schedule, takes_stems
 from weitiao.train.loss import CHUNK
 from weitiao.train.proof import picked, proven_tokens, shortened
 from weitiao.train.trace import TERMS, Case, Trace, alike, attention_flops, build_model, by_keys, segments_of, trace, with_layers
@@ -355,7 +355,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     settings, method = subject.settings, subject.method
     case = subject.case(target, layout, checkpointing)
     asked = settings.training.nodes_per_pass
-    stems = layout == "trie" and not checkpointing and target.processes == 1
+    stems = layout == "trie" and takes_stems(checkpointing, target.processes)
     most = asked or _most(subject, target, layout, case.compute, stems)
     largest_step = max(subject.steps, key=lambda rows: sum(map(len, rows)))
     passes = subject.passes(largest_step, layout, most)

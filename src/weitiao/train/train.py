@@ -406,12 +406,12 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     if job.obstacle:
         return _fall_back(asked, job.obstacle, screen), None
     first = first_rows(job)
+    checkpointing = job.settings.training.checkpointing or (job.planned and job.planned.checkpointing)
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
         proof = prove(job.model, first, job.compute, str(job.accelerator.device),
                       proven_tokens(job.planned.budget, job.subject.longest) if job.planned else None,
-                      frugal=job.settings.proves_frugally, stems=takes_stems(
-                          job.settings.training, job.accelerator.num_processes) and not (job.planned and job.planned.checkpointing))
+                      frugal=job.settings.proves_frugally, stems=takes_stems(checkpointing, job.accelerator.num_processes))
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(

@@ -46,7 +46,7 @@ def prove(path: str, batches: int, steps: int) -> None:
     if job.settings.training.layout == "trie":
         job.method.load(job.model, weights / job.method.FOLDER)
         proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device),
-                            stems=takes_stems(job.settings.training, job.accelerator.num_processes))
+                            stems=takes_stems(job.settings.training.checkpointing, job.accelerator.num_processes))
                   for examples in screen.progress(batches_of(job, batches), "Trie against rows")]
         worst = {name: max(getattr(p, name) for p in proofs) for name in ("leak_max", "nll_max", "grad_rel_max")}
         rows = sum(p.rows for p in proofs)
