@@ -3,6 +3,7 @@
     python benchmarks/heap.py                          # as torch and glibc are found
     THP_MEM_ALLOC_ENABLE=1 python benchmarks/heap.py   # large tensors on huge pages, as `weitiao` starts torch
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_THRESHOLD_=131072 python benchmarks/heap.py     # and all that is freed given back at once
+    THP_MEM_ALLOC_ENABLE=1 python benchmarks/heap.py --own         # large tensors in weitiao's own heap (model/heap.py), as it trains
 
 Three steps of LoRA on smollm2-135m in float32, one thread: 12 rows a step, 8 of their tokens in 10 shared. Prints, for each
 step, seconds of the processor for the program and for the system, and the peak of the resident memory beside the loaded model.
@@ -10,13 +11,16 @@ step, seconds of the processor for the program and for the system, and the peak 
 
 from __future__ import annotations
 
+import argparse
 import resource
+from unittest import mock
 
 import numpy as np
 import torch
 
 from weitiao.config import parse
 from weitiao.data.batch import trie_batch
+from weitiao.model import heap
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS
 from weitiao.model.source import resolve
@@ -37,9 +41,13 @@ def rows(step: int) -> list[Example]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--own", action="store_true")
+    own = parser.parse_args().own
     quiet_libraries()
     torch.set_num_threads(1)
-    model = loading.load_model(resolve("smollm2-135m"), ModelSettings(), torch.float32)
+    with mock.patch.object(heap, "use", heap.use if own else lambda: False):
+        model = loading.load_model(resolve("smollm2-135m"), ModelSettings(), torch.float32)
     learn_on_tries(model)
     model = METHODS["lora"].attach(model, parse({"data": "none"}).method, 42)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -361,7 +361,7 @@ def every_command(
 TORCH_READS = {
     "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on huge pages, where Linux has them: a quarter less time and memory on a CPU
     # Of products in bf16, and in float32 by oneDNN, 0.8 MiB of code is kept for each shape, and every size of pass brings new ones: 16 a pass in full tuning, 26 with LoRA.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32",
 }
 
 

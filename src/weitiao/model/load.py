@@ -13,7 +13,7 @@ import torch
 
 from weitiao.config import Settings
 from weitiao.errors import SettingError, SourceError
-from weitiao.model import attention, families, offload, products, quantize
+from weitiao.model import attention, families, heap, offload, products, quantize
 from weitiao.model.families import bloom
 from weitiao.settings.model import ModelSettings
 
@@ -70,6 +70,7 @@ def load_model(
 
     families.of_model(folder)
     products.use()
+    heap.use()
     bits = quantize.bits_config(settings, compute or dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

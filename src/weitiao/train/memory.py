@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from weitiao.model import heap
+
 MMAP_THRESHOLD = -3  # of mallopt (malloc.h)
 _gives_back = False
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -98,7 +100,8 @@ class Meter:
 
 
 def give_back() -> None:
-    """Hand what the heap holds of freed memory back to the system, where its allocator can."""
+    """Hand what the heaps hold of freed memory back to the system, where they can."""
+    heap.trim()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's
 

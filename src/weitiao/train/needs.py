@@ -22,7 +22,7 @@ from weitiao.config import Settings
 from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_passes, trie_rows, with_stems
 from weitiao.errors import SettingError
 from weitiao.model import load as loading
-from weitiao.model import offload, products, stream
+from weitiao.model import heap, offload, products, stream
 from weitiao.model.methods import count_parameters, method_of
 from weitiao.model.methods.method import Method
 from weitiao.model.methods.wiring import kv_shape
@@ -38,12 +38,14 @@ Paths = Sequence[Sequence[Example]]  # of each row
 
 FRAMEWORK = {"cpu": 96 << 20, "cuda": 32 << 20}  # libraries that load with the first step; cuBLAS' own room
 # Of a CPU's products in half precision, and of all where `products` takes oneDNN's, it keeps the code: 0.76 MiB a shape, of which each
-# size of pass has others; 128 of them (cli.py).
-PRODUCTS = 96 << 20
+# size of pass has others; 32 of them (cli.py).
+PRODUCTS = 24 << 20
 CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # Of what lives and dies within a step: what an allocator may keep beside it for the next one (PyTorch's on a GPU; a heap of glibc's
-# kept 5 % to 118 %, see benchmarks/results.md). A CPU's can be told to give back at once, which costs time: memory.give_back_at_once.
+# kept 5 % to 118 %, weitiao's own 0 % to 4 %, see benchmarks/results.md). glibc's can be told to give back at once, which costs time:
+# memory.give_back_at_once.
 KEEPS = {"cpu": 1.2, "cuda": 0.08}
+OWN_HEAP_KEEPS = 0.06
 PASSING = ("activations", "logits", "work space")
 STEP_OF_BUDGET = 256  # nodes
 CALL = 32  # nodes that could be computed in the time that one more call of the model takes
@@ -56,7 +58,8 @@ MOST_STEPS = 50  # that are laid out to find the largest pass and how much is sh
 class Target:
     """Where a run is to go. kind: cpu or cuda. available: bytes that it may take. bf16: has the hardware bf16?
 
-    flops: matrix products a second, by type; bandwidth: bytes a second. None where they are not known.
+    flops: matrix products a second, by type; bandwidth: bytes a second. None where they are not known. gives_back: does glibc give back at
+    once? own_heap: are tensors in weitiao's (weitiao.model.heap)?
     """
 
     name: str
@@ -67,6 +70,12 @@ class Target:
     bandwidth: float | None = None
     processes: int = 1
     gives_back: bool = False
+    own_heap: bool = False
+
+    @property
+    def keeps(self) -> float:
+        """What the allocator may keep, times what lives and dies within a step."""
+        return 0.0 if self.gives_back else OWN_HEAP_KEEPS if self.own_heap else KEEPS[self.kind]
 
     @classmethod
     def of_gpu(cls, device: Device) -> Target:
@@ -79,9 +88,10 @@ class Target:
     def here(cls, device: torch.device, processes: int = 1) -> Target:
         """This machine, as free as it is now."""
         share = 1 if device.type == "cuda" else processes
+        own_heap = device.type == "cpu" and heap.use()
         return cls(memory.device_name(device) if device.type == "cuda" else "this machine's CPU", device.type,
                    memory.free(device) // share, device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
-                   processes=processes, gives_back=device.type == "cpu" and memory.gives_back())
+                   processes=processes, own_heap=own_heap, gives_back=device.type == "cpu" and not own_heap and memory.gives_back())
 
     def compute(self, settings: Settings, trains_all: bool) -> torch.dtype:
         """What a run computes in here."""
@@ -245,7 +255,7 @@ def _settled(subject: Subject, target: Target, layout: str | None) -> Plan:
     try:
         layout = layout or _layout(subject, target)
         planned = _plan(subject, target, layout, bool(asked))
-        if not planned.fits and target.kind == "cpu" and not target.gives_back:
+        if not planned.fits and target.kind == "cpu" and not (target.gives_back or target.own_heap):
             target = replace(target, gives_back=True)
             planned = _plan(subject, target, layout, bool(asked))
         if not planned.fits and asked is None:
@@ -361,11 +371,10 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     passes = subject.passes(largest_step, layout, most)
     rows = max(passes, key=lambda rows: sum(map(len, rows)))
     line = _line(subject, target, layout, checkpointing, rows, len(passes) > 1)
-    keeps = 0.0 if target.gives_back else KEEPS[target.kind]
-    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target), keeps, most)
+    budget = asked or _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target), most)
     if not asked and stems and (budget < most or len(passes) > 1):  # there will be stems, of the longest row's places at most
         held = subject.longest * _bytes_of_a_place(subject, case)
-        budget = _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target) + held, keeps, most)
+        budget = _budget(line, subject.nodes(rows, layout), edges_of(rows), target, libraries(case, target) + held, most)
     rows, nodes, edges, kept = _largest(subject, largest_step, layout, budget, stems)
     traced = line.at(nodes, edges)
     terms = _terms(traced, target, libraries(case, target))
@@ -379,7 +388,7 @@ def _plan(subject: Subject, target: Target, layout: str, checkpointing: bool) ->
     return Plan(
         target.name, target.available, str(case.compute)[6:], layout, checkpointing, budget, nodes, terms,
         {"load": _load(terms, total, case.compute, case, target), "proof": _proof(case, subject, line, terms, budget, stems), "steps": sum(terms.values())},
-        round(keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
+        round(target.keeps * sum(terms.get(name, 0) for name in PASSING)), target.gives_back,
         len(subject.paths), subject.schedule.steps, subject.schedule.steps / subject.schedule.steps_per_epoch, tokens, total_nodes,
         _seconds(case, subject, target, line.at(subject.nodes(rows, layout), edges_of(rows)), rows, subject.nodes(rows, layout), again * total_nodes), _disk(settings, method, traced, trainable, total),
         trainable, total, round(traced.host),
@@ -441,13 +450,13 @@ def _most(subject: Subject, target: Target, layout: str, compute: torch.dtype, s
     return few
 
 
-def _budget(line: Line, nodes: int, edges: int, target: Target, libraries: int, keeps: float, most: int) -> int:
+def _budget(line: Line, nodes: int, edges: int, target: Target, libraries: int, most: int) -> int:
     """Nodes of a pass: as many as `most`, fewer where they would not fit."""
     room = target.available - libraries
 
     def fits(count: int) -> bool:
         windows = line.at(count, round(edges * count / nodes)).windows.values()
-        return max(sum(w.values()) + keeps * sum(w.get(name, 0.0) for name in PASSING) for w in windows) <= room
+        return max(sum(w.values()) + target.keeps * sum(w.get(name, 0.0) for name in PASSING) for w in windows) <= room
 
     if fits(most):
         return most
