@@ -20,10 +20,10 @@ _gives_back = False
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 # Nodes of a pass, by training.memory. Larger ones than those of "fast" mostly cost memory, and hide progress. On a CPU (a Zen 5 was measured,
-# benchmarks/results.md) 1,024 take half the memory of 4,096 in the same time, 448 four fifths of that for some 15 % more. In half precision, where
-# each product lays its weight out anew, 1,024 cost up to a quarter more time than 4,096, so that there are IN_HALVES times as many.
+# benchmarks/results.md) 896 take half the memory of 4,096 in the same time, 448 four fifths of that for some 15 % more. In half precision, where
+# each product lays its weight out anew, small passes cost up to a quarter more time than 4,096, so that there are IN_HALVES times as many.
 NODES: dict[str, dict[str | None, int]] = {
-    "cpu": {"fast": 4_096, None: 1_024, "balanced": 448, "thrifty": 4_096}, "cuda": {"fast": 16_384, None: 16_384, "balanced": 4_096, "thrifty": 16_384},
+    "cpu": {"fast": 4_096, None: 896, "balanced": 448, "thrifty": 4_096}, "cuda": {"fast": 16_384, None: 16_384, "balanced": 4_096, "thrifty": 16_384},
 }
 IN_HALVES = 2
 LEAST_NODES = 256
