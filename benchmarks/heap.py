@@ -54,6 +54,8 @@ def main() -> None:
     model.train()
     memory.give_back()
     before = memory.used("cpu")
+    keeping = heap.kept()
+    keeping.__enter__()  # as the steps of a run do
     for step in range(STEPS):
         memory.reset_peak("cpu")
         began = resource.getrusage(resource.RUSAGE_SELF)

@@ -143,8 +143,11 @@ def as_weitiao_reads(job: Job, data: Path, place: Path, steps: int) -> Any:
 
 def training_of(prepared: Any, listener: Any) -> Any:
     """The run that the command would make of it, without a run folder and without the proof."""
+    from weitiao.model import heap
     from weitiao.train.loop import Training
     from weitiao.train.train import guessed
+
+    heap.kept().__enter__()  # as within one call of `fit`: here it is called for some steps at a time
 
     budget = prepared.planned.budget if prepared.planned else guessed(prepared, False, "trie")
     return Training(prepared.settings, None, prepared.model, prepared.method, "base", prepared.template, prepared.data.rows, [],

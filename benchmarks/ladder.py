@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -57,7 +56,7 @@ def run(words: list[str], data: str, steps: int, batch: int) -> dict[str, object
         command = [sys.executable, "-m", "weitiao", "train", "--data", data, "--method", "full", f"training.steps={steps}", f"training.batch_size={batch}",
                    "evaluation.every=end", "saving.every=end", f"output={folder}/run", *words]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"})
+        done = subprocess.run(command, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -2,7 +2,8 @@
 
     python benchmarks/plan.py                    all cells, each in a process of its own; adds lines to benchmarks/plan.jsonl
     python benchmarks/plan.py --only gpt2        cells whose name holds this
-    python benchmarks/plan.py --heap kept        without giving freed memory back at once (the quicker way, where memory is plenty)
+    python benchmarks/plan.py --heap kept        in the C library's heap, as where weitiao's own cannot be built; "given back": which
+                                                 gives freed memory back at once, as is done there where memory is short
     python benchmarks/plan.py --table            benchmarks/plan.jsonl as the table of benchmarks/plan.md
 
 Measured on a CPU: the peak of the resident memory since it was before the model was loaded (VmHWM, so Linux); on a GPU:
@@ -47,6 +48,8 @@ CELLS = [
     ("openai-community/gpt2", "lora", 128, 4, ["training.precision=bf16"]),
 ]
 
+HEAPS = {"own": {}, "kept": {"WEITIAO_COMPILE": "0"}, "given back": {"WEITIAO_COMPILE": "0", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}}
+
 
 def folder_of(name: str, cache: Path) -> str:
     """A folder with the published shape, random weights and the embedded model's tokenizer."""
@@ -87,7 +90,7 @@ def run(cell: tuple, cache: Path, heap: str) -> dict:
         words = [f"method={method}", f"training.batch_size={batch}", "training.steps=2", "saving.every=end", *more]
         command = [sys.executable, "-m", "weitiao", "train", "--model", folder_of(name, cache), "--data", str(rows),
                    "--output", f"{place}/run", "--force", *words]
-        environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(1 << 17)} if heap == "given back" else {})
+        environment = os.environ | HEAPS[heap]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
         file = Path(place) / "run" / "plan.json"
         if done.returncode or not file.is_file():
@@ -126,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--skip", type=int, default=0, help="go on after so many cells")
-    parser.add_argument("--heap", choices=["given back", "kept"], default="given back")
+    parser.add_argument("--heap", choices=list(HEAPS), default="own")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "weitiao-plan-models")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()

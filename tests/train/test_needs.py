@@ -16,7 +16,7 @@ from weitiao.errors import SettingError, SourceError
 from weitiao.model import products
 from weitiao.train import memory, tree
 from weitiao.train.devices import device_named
-from weitiao.train.needs import FRAMEWORK, PRODUCTS, NoPlan, Subject, Target, needs, standing
+from weitiao.train.needs import FRAMEWORK, PRODUCTS, STEP_OF_BUDGET, NoPlan, Subject, Target, needs, standing
 from weitiao.train.plan import CHANGES, WAYS, change_that_fits, changed, made_up, ways
 from weitiao.trie import Example
 
@@ -94,6 +94,25 @@ def test_freed_memory_is_given_back_and_activations_are_recomputed_only_where_it
     assert least.checkpointing and least.gives_back and least.fits
     asked = needs(subject(tokens=2048, rows=8, training={"batch_size": 1, "checkpointing": False}), little)
     assert not asked.checkpointing and not asked.fits
+
+
+def test_a_heap_of_our_own_keeps_little_and_has_nothing_to_give_back():
+    wanted = subject(tokens=2048, rows=8, training={"batch_size": 1})
+    own = dataclasses.replace(ROOMY, own_heap=True)
+    roomy = needs(wanted, own)
+    assert 0 < roomy.kept < needs(wanted, ROOMY).kept / 15 and not roomy.gives_back
+    tight = needs(wanted, dataclasses.replace(own, available=roomy.peak - 1))
+    assert tight.checkpointing and not tight.gives_back and tight.fits
+
+
+def test_where_the_usual_pass_does_not_fit_the_next_smaller_one_is_taken():
+    def wanted(**training) -> Subject:
+        return subject(tokens=64, rows=64, training={"batch_size": 64, **training})
+
+    usual, target = memory.NODES["cpu"][None], dataclasses.replace(ROOMY, own_heap=True)
+    whole = needs(wanted(), target)
+    found = needs(wanted(), dataclasses.replace(target, available=whole.peak + whole.kept - 1))
+    assert whole.budget == usual and found.budget == (usual - 1) // STEP_OF_BUDGET * STEP_OF_BUDGET and found.fits
 
 
 def test_any_size_of_pass_is_told_from_two():

@@ -1,7 +1,7 @@
-"""C of our own for processors with AVX-512, built by the machine's C compiler the first time it is needed: all files in `native/`.
+"""C of our own, built by the machine's C compiler the first time it is needed: the files in `native/`.
 
 What is built lies in weitiao's cache by the files' content, the compiler and the processor. Where there is no compiler, or where what
-was built does not compute what it should, PyTorch's kernels do the work: the same numbers, later. WEITIAO_COMPILE=0 forbids it.
+was built does not do what it should, PyTorch and the C library do the work: the same numbers, later. WEITIAO_COMPILE=0 forbids it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from weitiao.model.source.cache import cache_folder
 
-FILES = tuple(sorted(Path(__file__).with_name("native").glob("*.[ch]")))
+NATIVE = Path(__file__).with_name("native")
+LIBRARIES = {
+    "kernels": ("attention.c", "elementwise.c", "tails.c", "vectors.h"),  # for processors with AVX-512
+    "heap": ("heap.c",),  # for any
+}
 COMPILERS = ("gcc", "cc")
 # No -ffast-math: what is no number has to stay none. -fopenmp is not for the link: its calls are
 # answered by the library whose threads torch has started.
@@ -44,15 +48,16 @@ class NotBuilt(Exception):
 
 
 @functools.cache
-def loaded() -> ctypes.CDLL:
-    """
+def loaded(library: str = "kernels") -> ctypes.CDLL:
+    """One of `LIBRARIES`.
+
     Raises:
         NotBuilt: no compiler, or what it made cannot be loaded.
     """
     if os.environ.get("WEITIAO_COMPILE") == "0":
         raise NotBuilt("WEITIAO_COMPILE=0 forbids to build it.")
     try:
-        built = ctypes.CDLL(str(_built()))
+        built = ctypes.CDLL(str(_built(library)))
     except OSError as error:
         raise NotBuilt(f"What {compiler()} built cannot be loaded: {error}.") from error
     return built
@@ -75,17 +80,17 @@ def compiler() -> str:
     raise NotBuilt("No C compiler is here (gcc).")
 
 
-def _built() -> Path:
-    """The library, built unless it lies in the cache."""
-    named = compiler()
-    told = "\n".join((*(file.read_text("utf-8") for file in FILES), _run([named, "--version"]), " ".join(FLAGS), _processor()))
-    target = cache_folder() / "built" / f"native-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+def _built(library: str) -> Path:
+    """The file of the library, built unless it lies in the cache."""
+    named, files = compiler(), [NATIVE / name for name in LIBRARIES[library]]
+    told = "\n".join((*(file.read_text("utf-8") for file in files), _run([named, "--version"]), " ".join(FLAGS), _processor()))
+    target = cache_folder() / "built" / f"{library}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            parts = {file: Path(folder, f"{file.stem}.o") for file in FILES if file.suffix == ".c"}
+            parts = {file: Path(folder, f"{file.stem}.o") for file in files if file.suffix == ".c"}
             for file, part in parts.items():
                 _run([named, *FLAGS, "-c", str(file), "-o", str(part)])
             whole = Path(folder, "whole.so")

@@ -185,7 +185,7 @@ class Batch:
 
     tails: of each layer [slots, kv_heads, room, d]; row i has slot i. Where PyTorch's kernel of a CPU reads them they are float32
     whatever the rest is: it is more than twice as fast on them where a query is a single token. Room is made for whole answers at once:
-    tails that grow leave holes in the heap, 6 GiB of them where 1.5 are used.
+    tails that grow leave holes in the C library's heap, 6 GiB of them where 1.5 are used.
     """
 
     goes_on = True

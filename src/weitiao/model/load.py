@@ -125,7 +125,9 @@ def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """On `device`. Quantised and spread weights are where they belong already; what a method added to them may not be."""
     inner = causal_lm(model)
     if not (quantize.is_quantized(inner) or getattr(inner, "hf_device_map", None)):
-        return model.to(device)
+        model.to(device)
+        heap.trim()  # of what moved to a GPU
+        return model
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != device.type:
             tensor.data = tensor.data.to(device)

@@ -20,6 +20,7 @@ from weitiao.data.labels import Labels, prompt_of
 from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_rows, with_stems
 from weitiao.data.stored import TrainingRow
 from weitiao.data.templates import Template
+from weitiao.model import heap
 from weitiao.model.generate import Sampling, answer_all
 from weitiao.model.load import virtual_places
 from weitiao.model.stems import Behind, Stem
@@ -95,7 +96,7 @@ def measuring(model: torch.nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), heap.kept():
             yield
     finally:
         model.train(training)

@@ -34,6 +34,7 @@ from weitiao.data.stored import TrainingRow
 from weitiao.data.streamed import GivenUp, Streamed
 from weitiao.data.templates import Template
 from weitiao.errors import RowError, RunError, SourceError, TrainingStopped
+from weitiao.model import heap
 from weitiao.model.load import virtual_places
 from weitiao.model.methods.method import Method
 from weitiao.settings.training import TrainingSettings
@@ -242,7 +243,7 @@ class Training:
         """Steps until `last` (default: the schedule's end). False if it was asked to stop before."""
         self.model.train()
         last = last or self.schedule.steps
-        with Ahead(self._work_of, last) as work_of:
+        with Ahead(self._work_of, last) as work_of, heap.kept():
             try:
                 return self._steps(last, work_of)
             except GivenUp:

@@ -107,9 +107,9 @@ def give_back() -> None:
 
 
 def give_back_at_once() -> None:
-    """From now on every freed tensor goes back to the system, where the allocator is glibc's.
+    """From now on every freed tensor goes back to the system, where tensors are in glibc's heap and not in our own.
 
-    Otherwise its heap keeps holes between what lives long and what does not: a step of LoRA held up to 2.2 times what passed through it. It
+    Otherwise it keeps holes between what lives long and what does not: a step of LoRA held up to 2.2 times what passed through it. It
     costs page faults, a fifth of the time and more (benchmarks/results.md), so it is done where memory is short.
     """
     global _gives_back

@@ -86,9 +86,10 @@ class Target:
 
     @classmethod
     def here(cls, device: torch.device, processes: int = 1) -> Target:
-        """This machine, as free as it is now."""
+        """This machine, as free as it is when all that is not used was given back; on a CPU tensors go to weitiao's heap from now on."""
         share = 1 if device.type == "cuda" else processes
         own_heap = device.type == "cpu" and heap.use()
+        memory.give_back()
         return cls(memory.device_name(device) if device.type == "cuda" else "this machine's CPU", device.type,
                    memory.free(device) // share, device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
                    processes=processes, own_heap=own_heap, gives_back=device.type == "cpu" and not own_heap and memory.gives_back())
@@ -460,7 +461,7 @@ def _budget(line: Line, nodes: int, edges: int, target: Target, libraries: int, 
 
     if fits(most):
         return most
-    low, high = memory.LEAST_NODES // STEP_OF_BUDGET, most // STEP_OF_BUDGET  # low is taken whether it fits or not
+    low, high = memory.LEAST_NODES // STEP_OF_BUDGET, -(-most // STEP_OF_BUDGET)  # low is taken whether it fits or not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle * STEP_OF_BUDGET) else (low, middle)
