@@ -83,21 +83,22 @@ def test_passes_are_small_on_a_cpu_unless_they_make_too_much_be_computed_once_mo
 
 
 def test_freed_memory_is_given_back_and_activations_are_recomputed_only_where_it_must_be():
-    wanted = subject(tokens=2048, rows=8, training={"batch_size": 1})
+    whole = {"batch_size": 1, "nodes_per_pass": 2048}  # smaller passes fit more
+    wanted = subject(tokens=2048, rows=8, training=whole)
     roomy = needs(wanted, ROOMY)
     assert not roomy.gives_back and not roomy.checkpointing and roomy.kept > 0
     at_once = needs(wanted, dataclasses.replace(ROOMY, available=roomy.peak + 1))
     assert at_once.gives_back and at_once.kept == 0 and not at_once.checkpointing
-    recomputed = needs(subject(tokens=2048, rows=8, training={"batch_size": 1, "checkpointing": True}), ROOMY)
+    recomputed = needs(subject(tokens=2048, rows=8, training=whole | {"checkpointing": True}), ROOMY)
     little = dataclasses.replace(ROOMY, available=(recomputed.peak + roomy.peak) // 2)
     least = needs(wanted, little)
     assert least.checkpointing and least.gives_back and least.fits
-    asked = needs(subject(tokens=2048, rows=8, training={"batch_size": 1, "checkpointing": False}), little)
+    asked = needs(subject(tokens=2048, rows=8, training=whole | {"checkpointing": False}), little)
     assert not asked.checkpointing and not asked.fits
 
 
 def test_a_heap_of_our_own_keeps_little_and_has_nothing_to_give_back():
-    wanted = subject(tokens=2048, rows=8, training={"batch_size": 1})
+    wanted = subject(tokens=2048, rows=8, training={"batch_size": 1, "nodes_per_pass": 2048})
     own = dataclasses.replace(ROOMY, own_heap=True)
     roomy = needs(wanted, own)
     assert 0 < roomy.kept < needs(wanted, ROOMY).kept / 15 and not roomy.gives_back

@@ -116,6 +116,43 @@ def test_bf16_is_held_to_what_bf16_can_do(branching):
     assert proof.grad_rel_max > 1e-4  # it is bf16 that was measured
 
 
+def test_a_loss_is_as_exact_as_its_logits_are_spaced():
+    from weitiao.train.proof import TOLERANCES, _tolerances
+
+    model = taught()
+    assert _tolerances(model, torch.float32, 46.0) == TOLERANCES[torch.float32]
+    assert _tolerances(model, torch.bfloat16, 10.0) == TOLERANCES[torch.bfloat16]
+    assert _tolerances(model, torch.bfloat16, 46.0)[1] == pytest.approx(6 * 46 / 128)
+    assert _tolerances(model, torch.float16, 46.0)[1] == pytest.approx(6 * 46 / 1024)
+
+
+def test_large_logits_in_bf16_pass_and_a_layer_that_reads_a_neighbour_does_not(branching, monkeypatch):
+    model = taught()
+    model.lm_head.weight.data *= 40 / model(torch.arange(4, 60)[None]).logits.abs().max()
+    good = prove(model, branching, torch.bfloat16)
+    assert good.passed and good.grad_rel <= good.grad_rel_max, good
+    forward = model.model.forward
+
+    def leaking(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + 0.1 * out.last_hidden_state.roll(1, dims=1)
+        return out
+
+    monkeypatch.setattr(model.model, "forward", leaking)
+    assert not prove(model, branching, torch.bfloat16).passed
+
+
+def test_differences_of_gradients_by_hand():
+    from weitiao.train.proof import _differences
+
+    theirs = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0, 1.0]), "c": torch.tensor([1e-9])}
+    ours = {"a": torch.tensor([3.0, 3.0]), "b": torch.tensor([0.5, 1.0]), "c": torch.tensor([2e-9])}
+    worst, together = _differences(ours, theirs.items())
+    assert worst == pytest.approx(0.5) and together == pytest.approx((1.25 / 26) ** 0.5)
+    assert not _differences({"a": torch.tensor([float("nan")])}, [("a", torch.ones(1))])[0] <= 1
+    assert _differences({}, []) == (0.0, 0.0)
+
+
 def test_an_attention_that_a_trie_cannot_have_is_named(branching):
     model = taught()
     original = model.model.layers[0].self_attn.forward
@@ -187,11 +224,23 @@ def test_a_proof_is_made_on_few_tokens_even_where_rows_are_long():
     rng = np.random.default_rng(0)
     rows = [example(rng.integers(4, 60, n), 1, n) for n in (10, 20, 900, 1000, 1500, 1900, 3000, 8000, 8100, 8200)]
     chosen = picked(rows)
-    assert [len(e) for e in chosen] == [10, 20, 900, 1000, 1900]
+    assert [len(e) for e in chosen] == [10, 20, 900, 1000, 2048]
     assert sum(map(len, chosen)) <= TOKENS
     short = [example(rng.integers(4, 60, 12), 1, i) for i in range(20)] + [example(rng.integers(4, 60, 500), 1, 99)]
     assert [len(e) for e in picked(short)] == [12] * (ROWS - 1) + [500]
     assert len(picked(rows[-2:])) == 2 and LONGEST < TOKENS
+
+
+def test_no_part_of_a_proof_is_larger_than_a_pass_unless_a_window_shows_only_there():
+    from weitiao.train.proof import LONGEST, SHORT, TOKENS, picked, size_for
+
+    plain, sliding = tiny_model().config, tiny_model("mistral", sliding_window=700).config
+    assert size_for(plain, 448) == (896, 448) and size_for(plain, 16_384) == (TOKENS, LONGEST)
+    assert size_for(plain, 100).longest == SHORT and size_for(plain, 4096, frugal=True).longest == SHORT
+    assert size_for(sliding, 448).longest == LONGEST and size_for(sliding, 896) == (1792, 896)
+    rng = np.random.default_rng(0)
+    chosen = picked([example(rng.integers(4, 60, n), 1, n) for n in (300, 400, 900, 5000)], size_for(plain, 448))
+    assert [len(e) for e in chosen] == [300, 448]
 
 
 def test_a_sketch_of_gradients_keeps_lengths_and_differences(branching):
@@ -225,6 +274,6 @@ def test_rows_are_shortened_to_where_something_is_learned():
     from weitiao.train.proof import shortened
 
     short, early, late = example(range(10), 4), example(range(40), 5), example(range(40), 30)
-    a, b, c = shortened([short, early, late], 16)
+    a, b, c = (shortened(row, 16) for row in (short, early, late))
     assert a.ids.tolist() == list(range(10)) and b.ids.tolist() == list(range(16)) and c.ids.tolist() == list(range(24, 40))
     assert [e.weights.tolist() for e in (a, b, c)] == [[0] * 4 + [1] * 6, [0] * 5 + [1] * 11, [0] * 6 + [1] * 10]

@@ -30,7 +30,7 @@ from weitiao.train import memory, stepping
 from weitiao.train.devices import Device
 from weitiao.train.loop import Schedule, takes_stems
 from weitiao.train.loss import CHUNK
-from weitiao.train.proof import picked, proven_tokens, shortened
+from weitiao.train.proof import picked, size_for
 from weitiao.train.trace import TERMS, Case, Trace, alike, attention_flops, build_model, by_keys, segments_of, trace, with_layers
 from weitiao.trie import Example
 
@@ -46,6 +46,7 @@ CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # memory.give_back_at_once.
 KEEPS = {"cpu": 1.2, "cuda": 0.08}
 OWN_HEAP_KEEPS = 0.06
+IN_A_STEP = 0.8  # of the speed of a product by itself, whose weight lies in the cache (benchmarks/results.md, "Zen 5, the required grid")
 PASSING = ("activations", "logits", "work space")
 STEP_OF_BUDGET = 256  # nodes
 CALL = 32  # nodes that could be computed in the time that one more call of the model takes
@@ -410,12 +411,16 @@ def _largest(subject: Subject, rows: Sequence[Example], layout: str, budget: int
 
 def _bytes_of_a_place(subject: Subject, case: Case) -> int:
     """Of a stem: keys and values as it keeps them and as a pass reads them, and their gradients in float32. 0 where a config does not tell."""
-    model = loading.causal_lm(subject.whole)
+    heads, width = _kv_shape(subject)
+    return 2 * case.config.get_text_config().num_hidden_layers * heads * width * (2 * case.compute.itemsize + 4)
+
+
+def _kv_shape(subject: Subject) -> tuple[int, int]:
+    """(key-value heads, width of a head); (0, 0) where a config does not tell."""
     try:
-        heads, width = kv_shape(model)
+        return kv_shape(loading.causal_lm(subject.whole))
     except (AttributeError, TypeError):
-        return 0
-    return 2 * model.config.get_text_config().num_hidden_layers * heads * width * (2 * case.compute.itemsize + 4)
+        return 0, 0
 
 
 def _part(row: Example, tokens: int) -> Example:
@@ -495,16 +500,17 @@ def _load(terms: dict[str, int], total: int, compute: torch.dtype, case: Case, t
         return held
     stored = getattr(case.config, "dtype", None) or torch.float32
     dtype = loading.weight_dtype(case.settings.model.dtype, case.method.TRAINS_ALL, compute)
-    return held + (0 if stored is dtype and case.settings.model.quantize == "none" else total * stored.itemsize)
+    mapped = stored is dtype and case.settings.model.quantize == "none"
+    return held + (FRAMEWORK["cpu"] if mapped else total * stored.itemsize)  # by the end of which the libraries are there, or most of the pages
 
 
 def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budget: int, stems: bool) -> int:
-    """Plain rows beside the trie: all logits of a row exist there, and two sets of gradients."""
+    """Plain rows beside the trie: all logits of a row, and two sets of gradients, but no optimizer's states yet."""
     if case.layout != "trie":
         return 0
     frugal = case.settings.proves_frugally
-    rows = picked(shortened(subject.step(1)) if frugal else subject.step(1), proven_tokens(budget, subject.longest))
-    longest = max(map(len, rows))
+    rows = picked(subject.step(1), size_for(case.config, budget, frugal))
+    longest = rows[-1:]
     standing = sum(terms.get(name, 0) for name in ("weights", "quantisation", "adapter", "framework", "file pages"))
     gradients = 0 if frugal else line.traces[1].windows["optimizer"].get("gradients", 0)  # let go as they come; sketches are held
     passes = (*PASSING, "gradients") if frugal else PASSING
@@ -513,11 +519,12 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
         windows = line.at(nodes, edges).windows.values()
         return max(sum(w.get(name, 0.0) for name in passes) for w in windows)
 
+    a_row, nodes = subject.nodes(longest, "padded"), subject.nodes(rows, "trie")
     vocabulary = subject.config.get_text_config().vocab_size
-    logits = longest * vocabulary * (4 + 2 * case.compute.itemsize)
-    nodes = subject.nodes(rows, "trie")
-    at_once = max(longest, -(-nodes // 2)) if stems else nodes
-    return round(standing + max(2 * gradients + passing(longest, 0) + logits, gradients + passing(at_once, edges_of(rows))))
+    # Of a row all logits are there, or their gradients, and beside these twice those that are learned, in float32.
+    logits = vocabulary * (a_row * case.compute.itemsize + 2 * 4 * edges_of(longest))
+    at_once = max(a_row, -(-nodes // 2)) if stems else nodes
+    return round(standing + max(gradients + passing(at_once, edges_of(rows)), 2 * gradients + passing(a_row, 0) + logits))
 
 
 def _epoch(subject: Subject, layout: str, budget: int, stems: bool) -> tuple[int, int]:
@@ -559,8 +566,9 @@ def _speeds_here(hidden: int, inner: int, dtype: torch.dtype) -> tuple[float, fl
             took.append(time.perf_counter() - began)
         return sorted(took)[len(took) // 2]
 
-    flops = 2 * 512 * hidden * inner / best(lambda: a @ b.T)
-    return flops, 3 * 4 * x.numel() / best(lambda: x + x)
+    with heap.kept():  # as steps do; to get the pages of a sum from the system takes longer than to add
+        flops = 2 * 512 * hidden * inner / best(lambda: a @ b.T)
+        return flops, 3 * 4 * x.numel() / best(lambda: x + x)
 
 
 def with_speeds(target: Target, config: Any, compute: torch.dtype) -> Target:
@@ -570,7 +578,7 @@ def with_speeds(target: Target, config: Any, compute: torch.dtype) -> Target:
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     flops, bandwidth = _speeds_here(text.hidden_size, inner, compute)
-    return replace(target, flops={"single" if compute is torch.float32 else "half": flops}, bandwidth=bandwidth)
+    return replace(target, flops={"single" if compute is torch.float32 else "half": IN_A_STEP * flops}, bandwidth=IN_A_STEP * bandwidth)
 
 
 def _disk(settings: Settings, method: Method, traced: Trace, trainable: int, total: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ and other branches by 5e-3. So three things are measured, and each can fail:
     grad_rel_max   gradients of every trained tensor, trie (in two halves behind what they share, where the run has stems) against one row at a
                    time: |difference| / |gradient|, the worst
                    tensor; tensors whose gradient is a thousandth of the largest count against that instead
+    grad_rel       the same of all tensors together, in which the rounding of half precision shows less
 
 In train mode with every dropout at 0, so that what is proven is what trains; a method whose new weights start at zero has
 them moved for the moment, since half of its gradients would be zero by themselves; 8-bit layers multiply exactly, see
@@ -21,7 +22,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +40,25 @@ ROWS = 8
 LEAK_ROWS = 4  # of the shortest; a leaf's first, second and third neighbours are among them
 TOKENS = 4_096  # of all of them together, so that a proof takes no longer than a few steps
 LONGEST = 2_048  # tokens; its logits alone are 400 MB for a vocabulary like SmolLM2's
-# (leak, nll, gradient) that a right model stays under. In float32 the trie differs from rows by rounding (1e-6); bf16's
-# own noise is 0.02 to 0.04 of a gradient, on two to seven short rows up to 0.11 and once 0.18 (benchmarks/results.md); fp16's is
-# an eighth of bf16's. Packed weights add none: each product takes them back to the compute type first. A leak is no rounding: other branches do not move at all.
-TOLERANCES = {torch.float64: (1e-9, 1e-6, 1e-5), torch.float32: (1e-5, 3e-4, 1e-3), torch.bfloat16: (1e-3, 0.5, 0.25),
-              torch.float16: (1e-3, 0.1, 0.05)}
+SHORT = 256
+# (leak, nll, worst gradient, all gradients) that a right model stays under. In float32 the trie differs from rows by rounding (1e-6). bf16's own
+# noise is 0.05 to 0.07 of all gradients together; of a single tensor 0.06 to 0.18, once 0.26 (benchmarks/noise.py); fp16's is an
+# eighth of bf16's. Packed weights add none: each product takes them back to the compute type first. A leak is no rounding: other branches do not move at all.
+TOLERANCES = {torch.float64: (1e-9, 1e-6, 1e-5, 1e-5), torch.float32: (1e-5, 3e-4, 1e-3, 1e-3), torch.bfloat16: (1e-3, 0.5, 0.6, 0.2),
+              torch.float16: (1e-3, 0.1, 0.1, 0.03)}
 FOUND = (("tokens of other rows move hidden states", "noise"), ("losses of single tokens differ from plain rows'", "rounding"),
-         ("gradients differ from plain rows'", "rounding"))  # what is told of each, and what could excuse it
+         ("gradients differ from plain rows'", "rounding"), ("all gradients together differ from plain rows'", "rounding"))  # what is told of each, and what could excuse it
+# A loss is as exact as its logits are spaced: SmolLM2's go up to 47, where bf16's are 0.25 apart, and of 1,377 tokens one was 0.75 off between
+# trie and rows, while both were off float32 alike (by 0.065 and 0.061, root mean square).
+SPACINGS = 6  # of the largest logit, by which a token's loss may differ
 HALF_SCALE = 2.0**10  # of the loss under fp16, as in training, so that small gradients do not round to 0
+
+
+class Size(NamedTuple):
+    """tokens: of a proof's rows together; longest: of one of them, the rest of which is cut off."""
+
+    tokens: int = TOKENS
+    longest: int = LONGEST
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Proof:
     leak_max: float
     nll_max: float
     grad_rel_max: float
+    grad_rel: float
     dtype: str
     passed: bool
     rows: int
@@ -66,7 +79,7 @@ class Proof:
 
 
 def prove(
-    model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu", most_tokens: int | None = None,
+    model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str = "cpu", size: Size = Size(),
     frugal: bool = False, stems: bool = True,
 ) -> Proof:
     """Measure the three on at most `ROWS` examples.
@@ -74,23 +87,25 @@ def prove(
     Args:
         model: with its method attached and the keyword `trie` taught; not wrapped for several processes.
         compute: what it computes in; bf16 on float32 weights runs under autocast, as in training.
-        most_tokens: of the examples together, where memory holds fewer than usual.
+        size: of the proof, by `size_for` where memory is not to hold more than a run's steps.
         frugal: compare sketches of gradients (see `sketched`), where memory does not hold all of them, let alone twice.
         stems: will passes go on behind prefixes that they share (weitiao.model.stems)? Then those do whose gradients are compared.
     """
-    examples = picked(shortened(examples) if frugal else examples, most_tokens)
+    examples = picked(examples, size)
     few = build(examples[:LEAK_ROWS])
     trie = build(examples)
     facts = {"rows": len(examples), "nodes": trie.computed, "row_tokens": sum(len(e) for e in examples)}
     dtype = str(compute).removeprefix("torch.")
-    tolerances = _tolerances(model, compute)
     autocast = torch.autocast(torch.device(device).type, dtype=compute, enabled=is_mixed(model, compute))
     try:
         with _undisturbed(model), autocast:
             scale = HALF_SCALE if compute is torch.float16 else 1.0
-            measured = (leak(model, few, device), *_against_rows(model, trie, examples, device, scale, sketched if frugal else _gradients, stems))
+            leak_max = leak(model, few, device)
+            nll_max, largest = _nll_difference(model, trie, examples, device)
+            gradients = _gradient_difference(model, trie, examples, device, scale, sketched if frugal else _gradients, stems)
     except TrieUnsupported as reason:
-        return Proof(float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
+        return Proof(float("nan"), float("nan"), float("nan"), float("nan"), dtype, False, reason=str(reason), **facts)
+    measured, tolerances = (leak_max, nll_max, *gradients), _tolerances(model, compute, largest)
     passed = all(value <= limit for value, limit in zip(measured, tolerances, strict=True))
     worst = next((f"{what} by {v:.2g}, and {t:g} is the most that {why} explains"
                   for (what, why), v, t in zip(FOUND, measured, tolerances, strict=True) if not v <= t), "")
@@ -140,48 +155,50 @@ def _hidden(model, trie: Trie, tokens: np.ndarray, device: str) -> torch.Tensor:
         return model(**batch, return_hidden=True).float()
 
 
-def _against_rows(
+def _gradient_difference(
     model, trie: Trie, examples: Sequence[Example], device: str, scale: float, gradients: Callable[..., Any], stems: bool,
 ) -> tuple[float, float]:
-    """(nll_max, grad_rel_max)."""
-    nll_max = _nll_difference(model, trie, examples, device)
+    """(of the worst tensor, of all together), by the trie and by one row at a time."""
     weight = sum(float(e.weights.sum()) for e in examples)
     # In two passes at least, so that whatever they share is a stem, however short.
     passes = parts(examples, len(trie) // 2 if stems else len(trie), worth=1 if stems else NEVER)
     batches = list(trie_batches(passes, device, virtual_places(model)))
     by_trie = {name: g.clone() for name, g in gradients(model, batches, weight, scale)}
     rows = [padded_batch([e], pad_id=0, device=device) for e in examples]
-    return nll_max, _worst(by_trie, gradients(model, rows, weight, scale))
+    return _differences(by_trie, gradients(model, rows, weight, scale))
 
 
-def _worst(ours: dict[str, torch.Tensor], theirs: Iterable[tuple[str, torch.Tensor]]) -> float:
-    """Of all tensors the largest |difference| / |gradient|. In place, and summed in float64 without a copy: an embedding's gradient
-    alone may be a gigabyte."""
-    norms = [(_norm(ours[name].sub_(g)), _norm(g)) for name, g in theirs]
-    floor = 1e-3 * max((norm for _, norm in norms), default=0.0)
-    return max((difference / max(norm, floor, 1e-30) for difference, norm in norms), default=0.0)
+def _differences(ours: dict[str, torch.Tensor], theirs: Iterable[tuple[str, torch.Tensor]]) -> tuple[float, float]:
+    """|difference| / |gradient|: (the largest of all tensors, of all of them together). In place, and summed in float64 without a copy:
+    an embedding's gradient alone may be a gigabyte."""
+    norms = np.array([(_norm(ours[name].sub_(g)), _norm(g)) for name, g in theirs]).reshape(-1, 2)
+    floor = max(1e-3 * norms[:, 1].max(initial=0.0), 1e-30)
+    together = np.linalg.norm(norms, axis=0)
+    return float((norms[:, 0] / norms[:, 1].clip(floor)).max(initial=0.0)), float(together[0] / max(together[1], 1e-30))
 
 
 def compare(
     model: torch.nn.Module, examples: Sequence[Example], compute: torch.dtype, device: str,
-    otherwise: Callable[[], AbstractContextManager[Any]], most_tokens: int | None = None,
+    otherwise: Callable[[], AbstractContextManager[Any]], size: Size = Size(),
 ) -> tuple[float, bool]:
     """On one plain row at a time, are the model's gradients those that it gives inside `otherwise`? (the worst relative difference,
     whether that is rounding)"""
-    examples = picked(examples, most_tokens)
+    examples = picked(examples, size)
     batches = [padded_batch([e], pad_id=0, device=device) for e in examples]
     weight = sum(float(e.weights.sum()) for e in examples)
     scale = HALF_SCALE if compute is torch.float16 else 1.0
     with _undisturbed(model), torch.autocast(torch.device(device).type, dtype=compute, enabled=is_mixed(model, compute)):
         ours = {name: g.clone() for name, g in _gradients(model, batches, weight, scale)}
         with otherwise():
-            worst = _worst(ours, _gradients(model, batches, weight, scale))
-    return worst, worst <= _tolerances(model, compute)[2]
+            differences = _differences(ours, _gradients(model, batches, weight, scale))
+    return differences[0], all(found <= most for found, most in zip(differences, _tolerances(model, compute)[2:], strict=True))
 
 
-def _tolerances(model: torch.nn.Module, compute: torch.dtype) -> tuple[float, float, float]:
-    held = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(TOLERANCES.get(d, TOLERANCES[torch.bfloat16]) for d in {compute, *held})
+def _tolerances(model: torch.nn.Module, compute: torch.dtype, largest: float = 0.0) -> tuple[float, float, float, float]:
+    """Those of `TOLERANCES`, where logits go up to `largest`."""
+    dtypes = {compute, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    leak_max, nll_max, *gradients = max(TOLERANCES.get(d, TOLERANCES[torch.bfloat16]) for d in dtypes)
+    return leak_max, max(nll_max, SPACINGS * largest * max(torch.finfo(d).eps for d in dtypes)), *gradients
 
 
 SKETCH, FOLDED = 4096, 1 << 22  # numbers a sketch has; numbers that are given their signs at once, a multiple of those
@@ -219,24 +236,25 @@ def _norm(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
-def _nll_difference(model, trie: Trie, examples: Sequence[Example], device: str) -> float:
-    """Every learned edge of every row: looked up in the trie, and computed by the original forward on the row alone."""
+def _nll_difference(model, trie: Trie, examples: Sequence[Example], device: str) -> tuple[float, float]:
+    """(the worst of all learned edges of all rows, the largest logit that predicts one): looked up in the trie, and computed by the original
+    forward on the row alone."""
     with torch.no_grad():
         by_edge = model(**learned_batch(trie, device), per_edge=True).double().cpu().numpy()
     at = dict(zip(trie.edges().tolist(), by_edge.tolist(), strict=True))
-    worst = 0.0
+    worst = largest = 0.0
     for example in examples:
         path = _path(trie, example)
         if trie.depth[path].tolist() != list(range(len(path))):
-            return float("inf")
+            return float("inf"), largest
         batch = padded_batch([example], pad_id=0, device=device)
         with torch.no_grad():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[0]
         for t in np.flatnonzero(example.weights):
             row = logits[t - 1].double()
             nll = float(torch.logsumexp(row, -1) - row[int(example.ids[t])])
-            worst = max(worst, abs(nll - at[path[t]]))
-    return worst
+            worst, largest = max(worst, abs(nll - at[path[t]])), max(largest, float(row.abs().max()))
+    return worst, largest
 
 
 def _path(trie: Trie, example: Example) -> list[int]:
@@ -263,33 +281,34 @@ def _gradients(
     model.zero_grad(set_to_none=True)
 
 
-def proven_tokens(budget: int, longest: int) -> int:
-    """Of the rows of a proof together, where passes have so many nodes: its gradients go in two halves, and a plain row alone."""
-    return budget + min(longest, LONGEST)
+def size_for(config: Any, budget: int, frugal: bool = False) -> Size:
+    """Where passes have `budget` nodes: a plain row goes alone and a proof's trie in two halves, neither of them larger than those.
+
+    Larger only where no shorter row would show that the model's windows are kept.
+    """
+    window = getattr(config.get_text_config(), "sliding_window", None) or 0
+    longest = SHORT if frugal else LONGEST if budget <= window < LONGEST else min(LONGEST, max(budget, SHORT))
+    return Size(min(TOKENS, budget + longest), longest)
 
 
-def picked(examples: Sequence[Example], most_tokens: int | None = None) -> list[Example]:
-    """The shortest few, since a proof costs passes, and the longest that is bearable, since windows show only there."""
-    tokens = min(TOKENS, most_tokens or TOKENS)
-    by_length = sorted(examples, key=len)
+def picked(examples: Sequence[Example], size: Size = Size()) -> list[Example]:
+    """The shortest few, since a proof costs passes, and the longest that there is room for, since windows show only there."""
+    by_length = sorted((shortened(e, size.longest) for e in examples), key=len)
     few = by_length[:ROWS]
-    while len(few) > 2 and sum(map(len, few)) > tokens:
+    while len(few) > 2 and sum(map(len, few)) > size.tokens:
         few.pop()
-    room = min(LONGEST, tokens - sum(map(len, few[:-1])))
+    room = size.tokens - sum(map(len, few[:-1]))
     bearable = [e for e in by_length[len(few) :] if len(e) <= room]
     return few[:-1] + (bearable[-1:] or few[-1:])
 
 
-def shortened(examples: Sequence[Example], most: int = 256) -> list[Example]:
-    """Rows of at most so many tokens, the first ones, or those up to the last that is learned: plain rows have all their logits."""
-    found = []
-    for e in examples:
-        stop = min(len(e), most if e.weights[1:most].any() else int(np.flatnonzero(e.weights)[-1]) + 1)
-        start = max(0, stop - most)
-        weights = e.weights[start:stop].copy()
-        weights[0] = 0
-        found.append(Example(e.ids[start:stop], weights, e.row))
-    return found
+def shortened(row: Example, most: int) -> Example:
+    """At most so many tokens of it, the first ones, or those up to the last that is learned: of a plain row all logits are there."""
+    stop = min(len(row), most if row.weights[1:most].any() else int(np.flatnonzero(row.weights)[-1]) + 1)
+    start = max(0, stop - most)
+    weights = row.weights[start:stop].copy()
+    weights[0] = 0
+    return Example(row.ids[start:stop], weights, row.row)
 
 
 @contextmanager

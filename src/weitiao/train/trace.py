@@ -612,8 +612,9 @@ class Lives(TorchDispatchMode):
 
 
 def _work(func: Any, args: Any, kwargs: Any, out: Any, made: Sequence[torch.Tensor]) -> Work:
-    if func.is_view or func._schema.name in ("aten::detach", "aten::empty", "aten::empty_like"):
-        return Work()
+    name = func._schema.name
+    if func.is_view or name.startswith("prim::") or name in ("aten::detach", "aten::empty", "aten::empty_like", "aten::new_empty"):
+        return Work()  # nothing is read or written; prim::device asks where a tensor is
     count = flop_registry.get(torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket)
     flops = float(count(*args, **kwargs, out_val=out)) if count else 0.0
     read = sum(t.numel() * t.element_size() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))

@@ -45,7 +45,7 @@ from weitiao.train.folder import Checkpoint, RunFolder, free_name
 from weitiao.train.loop import Schedule, StreamedSchedule, Training, schedule_for, takes_stems
 from weitiao.train.loss import learn_on_tries
 from weitiao.train.optimizer import refuse_unfit
-from weitiao.train.proof import Proof, compare, prove, proven_tokens
+from weitiao.train.proof import Proof, Size, compare, prove, size_for
 from weitiao.train.tree import show_tree
 from weitiao.trie import Example
 
@@ -382,7 +382,7 @@ def prove_kernels(job: Job, screen: Screen) -> None:
     try:
         with job.meter.part("proof"):
             worst, same = compare(job.model, first_rows(job), job.compute, str(job.accelerator.device), job.liger.without,
-                                  job.planned.budget if job.planned else None)
+                                  size_of_proof(job))
         wrong = "" if same else f"give other gradients than PyTorch's here (by {worst:.1g})"
     except torch.OutOfMemoryError:
         raise
@@ -400,6 +400,10 @@ def first_rows(job: Job) -> list[Example]:
     return [e for i in schedule_of(job).rows_of(1) for e in job.rows[i].examples]
 
 
+def size_of_proof(job: Job) -> Size:
+    return size_for(job.subject.config, job.planned.budget, job.settings.proves_frugally) if job.planned else Size()
+
+
 def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     """trie if this model proves it on its first batch, else padded, and the run says so."""
     asked = job.settings.training.layout
@@ -409,8 +413,7 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
     checkpointing = job.settings.training.checkpointing or (job.planned and job.planned.checkpointing)
     screen.tell("Proving on the first batch that the trie computes what plain rows compute …")
     with job.meter.part("proof"):
-        proof = prove(job.model, first, job.compute, str(job.accelerator.device),
-                      proven_tokens(job.planned.budget, job.subject.longest) if job.planned else None,
+        proof = prove(job.model, first, job.compute, str(job.accelerator.device), size_of_proof(job),
                       frugal=job.settings.proves_frugally, stems=takes_stems(checkpointing, job.accelerator.num_processes))
     if proof.passed:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
