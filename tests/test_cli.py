@@ -408,6 +408,38 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_message(weitiao, mode
     assert "start again: nothing is kept" in err and not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_memory_that_runs_out_ends_in_one_message(weitiao, model_folder, rows_file, monkeypatch, tmp_path, steps):
+    """steps: that were done before."""
+    import torch
+
+    from weitiao.train.loop import Training
+
+    fit = Training.fit
+
+    def meets_the_end(training):
+        if steps:
+            training.run.append_metrics({"step": 1, "loss": 1.0})
+        torch.empty(1 << 50, dtype=torch.uint8)
+        return fit(training)
+
+    monkeypatch.setattr(Training, "fit", meets_the_end)
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "r", *FAST)
+    assert code == 2 and "Memory ran out: 1,073,741,824 MiB more were asked for." in err and "Traceback" not in err
+    assert ("weitiao train r --resume" in err) == bool(steps) == (tmp_path / "r").exists()
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(weitiao, model_folder, rows_file, monkeypatch, tmp_path):
+    from weitiao.train import train as module
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "settle", interrupted)
+    code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "r", *FAST)
+    assert code == 130 and "Stopped before the first step was done; nothing is kept." in err and not (tmp_path / "r").exists()
+
+
 def test_scores_are_shown_though_they_cannot_be_written(weitiao, finished, monkeypatch):
     import errno
 

@@ -367,7 +367,7 @@ TORCH_READS = {
 
 def main() -> None:
     """Run a command; a user's mistake ends in one message and exit code 2, a signal in the shell's own code for it."""
-    from weitiao.errors import WeitiaoError
+    from weitiao.errors import OutOfMemory, WeitiaoError
 
     for name, value in TORCH_READS.items():
         os.environ.setdefault(name, value)
@@ -385,6 +385,13 @@ def main() -> None:
 
         error(str(mistake))
         sys.exit(mistake.exit_code)
+    except (MemoryError, RuntimeError) as failure:
+        if not (told := OutOfMemory.of(failure)):
+            raise
+        from weitiao.screen import error
+
+        error(str(told))
+        sys.exit(told.exit_code)
 
 
 if __name__ == "__main__":

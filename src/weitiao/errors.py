@@ -6,6 +6,7 @@ WeitiaoError             one message, no traceback; carries the exit code
 ├── RowError             rows that cannot be read or cannot teach; names file and line
 ├── RunError             a run folder that is missing, busy, torn, or does not fit what is asked
 ├── TemplateError        a chat template that is unknown or refuses the conversation
+├── OutOfMemory          what torch or Python say when they get no more
 ├── TrainingStopped      a run that had to end early: a loss or weight that is not finite, a full disk
 └── Interrupted          a signal ended a run in good order; carries the shell's own exit code for it
 
@@ -15,6 +16,7 @@ Each says what was found, what was expected, and what to do next.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -52,6 +54,24 @@ class RunError(WeitiaoError):
 
 class TemplateError(WeitiaoError):
     pass
+
+
+class OutOfMemory(WeitiaoError):
+    # torch's own class for a GPU (RuntimeError of its allocator for a CPU), bitsandbytes', cuBLAS'
+    WORDS = re.compile(r"can.t allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+    WANTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
+
+    @classmethod
+    def of(cls, error: BaseException, next_step: str = "") -> OutOfMemory | None:
+        """The same as a message, if it is what `error` tells."""
+        text = str(error)
+        if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and cls.WORDS.search(text)):
+            return None
+        wanted = cls.WANTED.search(text)
+        size = "" if not wanted else f"{int(wanted[1]) / 2**20:,.0f} MiB more were asked for" if wanted[2] == "bytes" else f"{wanted[1]} {wanted[2]} more were asked for"
+        where = "The GPU's memory" if "CUDA" in text or "CUBLAS" in text else "Memory"
+        return cls(f"{where} ran out{': ' + size if size else ''}.", "Expected as much to be free as `weitiao plan` tells for the same settings.",
+                   next_step or "Less is needed with training.memory=balanced (or thrifty), with shorter rows (data.max_tokens), with model.quantize=nf4, and by smaller models.")
 
 
 class TrainingStopped(WeitiaoError):

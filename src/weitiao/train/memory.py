@@ -17,7 +17,7 @@ from weitiao.model import heap
 
 MMAP_THRESHOLD = -3  # of mallopt (malloc.h)
 _gives_back = False
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, GROUPS, CONTROLS = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 # Nodes of a pass, by training.memory. Larger ones than those of "fast" mostly cost memory, and hide progress. On a CPU (a Zen 5 was measured,
 # benchmarks/results.md) 896 take half the memory of 4,096 in the same time, 448 four fifths of that for some 15 % more. In half precision, where
@@ -124,11 +124,44 @@ def gives_back() -> bool:
 
 
 def free(device: Any) -> int:
+    """Bytes: of a GPU; else of the machine, or fewer where this process or its container may not have them all."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    return max(0, min(psutil.virtual_memory().available, *_left_by_limits()))
+
+
+def _left_by_limits() -> Iterator[int]:
+    """Of the address space (ulimit -v), and of each control group that the process is in (containers, systemd, Slurm), of both kinds."""
+    import psutil
+
+    yield sys.maxsize
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit - psutil.Process().memory_info().vms
+    for group in _control_groups():
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limit, now, cache = ("memory.max", "memory.current", "inactive_file") if (group / "memory.current").is_file() else \
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            most = int((group / limit).read_text())
+            found = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            yield most - int((group / now).read_text()) + (int(found[1]) if found else 0)  # pages of files give way
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of this process's, and of those around them: each may have a limit. In a container the path may be the host's, which is not seen there."""
+    with contextlib.suppress(OSError):
+        for line in GROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            root = CONTROLS / "memory" if kinds else CONTROLS
+            within = root / path.lstrip("/")
+            yield from dict.fromkeys((within, *(folder for folder in within.parents if folder.is_relative_to(root)), root))
 
 
 def device_name(device: Any) -> str:

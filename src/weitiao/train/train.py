@@ -27,7 +27,7 @@ from weitiao.data.packing import trie_passes
 from weitiao.data.streamed import GivenUp, Streamed, begin
 from weitiao.data.survey import Facts, Survey
 from weitiao.data.templates import Template, load_template
-from weitiao.errors import Interrupted, RunError, SettingError, SourceError, TrainingStopped
+from weitiao.errors import Interrupted, OutOfMemory, RunError, SettingError, SourceError, TrainingStopped
 from weitiao.model import cpu, fused, kernels, offload, quantize, stream
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, count_parameters, method_of, trainable_summary
@@ -96,23 +96,33 @@ def train(settings: Settings, screen: Screen | None = None, show_model: bool = F
     screen = screen or default_screen()
     if settings.output:
         RunFolder.refuse_taken(Path(settings.output))  # before the model is loaded; the folder is not made before all processes were here
-    job = prepare(settings, screen, force)
-    path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
-    if job.planned and not force:
-        refuse_full_disk(job.planned, path)
-    if show_model:
-        show_tree(job.model, screen)
-    with encoding_beside(job, screen):
-        show_job(job, screen)
-        settled, proof = settle(job, screen)
-        # What depends on this process (the free name, the free memory) is the first one's say for all.
-        path, job.settings = broadcast_object_list([path, settled])
-        with claim(job, path) as run:
-            if job.accelerator.is_main_process:
-                write_facts(run, job, proof)
-                run.start(job.settings)
-            job.accelerator.wait_for_everyone()
-            return carry_out(job, run, None, screen)
+    with nothing_kept():
+        job = prepare(settings, screen, force)
+        path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
+        if job.planned and not force:
+            refuse_full_disk(job.planned, path)
+        if show_model:
+            show_tree(job.model, screen)
+        with encoding_beside(job, screen):
+            show_job(job, screen)
+            settled, proof = settle(job, screen)
+            # What depends on this process (the free name, the free memory) is the first one's say for all.
+            path, job.settings = broadcast_object_list([path, settled])
+            with claim(job, path) as run:
+                if job.accelerator.is_main_process:
+                    write_facts(run, job, proof)
+                    run.start(job.settings)
+                job.accelerator.wait_for_everyone()
+                return carry_out(job, run, None, screen)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Ctrl-C before there is a run folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(NOTHING_KEPT, signal.SIGINT) from None
 
 
 def resume(path: Path, screen: Screen | None = None) -> RunFolder:
@@ -637,6 +647,10 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
                         f"All {steps} steps are done, but {run.path} cannot be finished: {error}.",
                         f"What was learned stands in {run.checkpoints_folder}.", f"Make room: weitiao train {run.path} --resume.",
                     ) from error
+    except (MemoryError, RuntimeError) as failure:
+        if not (run.is_worth_keeping and (told := OutOfMemory.of(failure, f"Where more is free: weitiao train {run.path} --resume. A new run may need less: training.memory=balanced."))):
+            raise
+        raise told from failure
     finally:
         line.close()
     if job.accelerator.is_main_process:
@@ -699,9 +713,10 @@ def planned_and_measured(job: Job) -> str:
     part, found = max(job.meter.peaks.items(), key=lambda item: item[1])
     if not (planned := job.planned):
         return f"{format_bytes(found)} ({part})"
+    expected = max(planned.parts.get(name, 0) for name in job.meter.peaks)  # a run that goes on proves nothing again
     kept = f" and up to {format_bytes(planned.kept)} that the allocator keeps" if planned.kept else ""
     before = f", beside {format_bytes(job.meter.before)} that were taken before" if job.meter.before else ""
-    return f"{format_bytes(planned.peak)} planned{kept}; {format_bytes(found)} measured ({part}){before}"
+    return f"{format_bytes(expected)} planned{kept}; {format_bytes(found)} measured ({part}){before}"
 
 
 def show_end(run: RunFolder, job: Job, training: Training, line: StepLine, screen: Screen) -> None:
