@@ -84,7 +84,7 @@ def test_compensated_it_is_training_in_float32_with_gradients_at_the_rounded_wei
     model = half_model()
     wide = {name: torch.nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
     judge = made(tokenizer, rounding="nearest", max_grad_norm=0.0, epochs=2)  # for its gradients alone
-    optimizer = torch.optim.AdamW(wide.values(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(wide.values(), lr=1e-3, weight_decay=0.0, fused=True)
     from weitiao.train.optimizer import make_scheduler
 
     scheduler = make_scheduler(optimizer, judge.settings.training, judge.schedule.steps)

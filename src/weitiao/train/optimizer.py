@@ -122,7 +122,7 @@ def make_optimizer(
     if settings.optimizer in SEARCHERS:
         _refuse_spread(settings.optimizer, listed)
     if kind is None:
-        made = _build(settings, listed, learning_rate, fused and not by_weight and settings.optimizer in FUSED)
+        made = _build(settings, listed, learning_rate, fused and settings.optimizer in FUSED)
     else:
         made = kind(listed, **options)
     if by_weight:
@@ -139,9 +139,10 @@ def _refuse_spread(name: str, groups: list[dict[str, Any]]) -> None:
 
 
 def takes_fused(device: torch.device | str, loss_scaled: bool) -> bool:
-    """On a GPU the plain step makes temporaries of all weights and a hundred kernels of what one can do. Not under loss scaling:
-    the fused step skips an overflow by itself, and accelerate (1.15) then calls it taken."""
-    return torch.device(device).type == "cuda" and not loss_scaled
+    """The plain step makes temporaries, on a GPU of all weights, on a CPU twice the widest one's, and goes over all numbers again for each
+    operation: one kernel takes half the time on a CPU (benchmarks/results.md). Not under loss scaling: the fused step skips an overflow by
+    itself, and accelerate (1.15) then calls it taken."""
+    return torch.device(device).type in ("cuda", "cpu") and not loss_scaled
 
 
 def _build(settings: TrainingSettings, parameters: list[Any], learning_rate: float, fused: bool = False) -> torch.optim.Optimizer:
