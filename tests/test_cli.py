@@ -66,7 +66,7 @@ def test_one_line_is_enough(weitiao, model_folder, rows_file, tmp_path):
     assert names >= {"config.yaml", "environment.json", "data.json", "template.jinja", "template.json", "metrics.jsonl",
                      "proof.json", "checkpoints", "adapter", "summary.json", "loss.png"}
     proof = json.loads((run / "proof.json").read_text())
-    assert proof["passed"] and proof["leak_max"] == 0 and {"nll_max", "grad_rel_max", "dtype"} <= set(proof)
+    assert proof["passed"] and proof["leak_max"] == 0 and {"nll_max", "grad_rel_max", "grad_rel", "limits", "dtype"} <= set(proof)
     assert "trainable params: " in out and " || all params: " in out and "token trie" in out
     assert "step 8/8" in out and "rows/s" in out and "tokens/s" in out and "computed" in out and "GiB" in out
     assert "\x1b[" not in out  # no terminal: plain lines
@@ -425,7 +425,7 @@ def test_memory_that_runs_out_ends_in_one_message(weitiao, model_folder, rows_fi
 
     monkeypatch.setattr(Training, "fit", meets_the_end)
     code, _, err = weitiao("train", "--model", model_folder, "--data", rows_file, "--output", "r", *FAST)
-    assert code == 2 and "Memory ran out: 1,073,741,824 MiB more were asked for." in err and "Traceback" not in err
+    assert code == 2 and "This machine ran out of memory: 1.07e+09 MiB more were asked for." in err and "training.memory=balanced" in err and "Traceback" not in err
     assert ("weitiao train r --resume" in err) == bool(steps) == (tmp_path / "r").exists()
 
 

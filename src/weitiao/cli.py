@@ -385,7 +385,7 @@ def main() -> None:
 
         error(str(mistake))
         sys.exit(mistake.exit_code)
-    except (MemoryError, RuntimeError) as failure:
+    except (MemoryError, RuntimeError, OSError) as failure:
         if not (told := OutOfMemory.of(failure)):
             raise
         from weitiao.screen import error

@@ -16,6 +16,7 @@ Each says what was found, what was expected, and what to do next.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -57,21 +58,23 @@ class TemplateError(WeitiaoError):
 
 
 class OutOfMemory(WeitiaoError):
-    # torch's own class for a GPU (RuntimeError of its allocator for a CPU), bitsandbytes', cuBLAS'
-    WORDS = re.compile(r"can.t allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
-    WANTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)
+    # of torch for a CPU (Linux, Windows), for GPUs, of CUDA's libraries, of the C library, of C++
+    WORDS = re.compile(r"(can.?t|cannot) allocate memory|out of memory|not enough memory|STATUS_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+    WANTED = re.compile(r"tried to allocate ([\d.]+ ?[KMGT]iB|\d+(?= bytes))", re.IGNORECASE)
+    GPU = re.compile("CUDA|CUBLAS|CUDNN|HIP|MPS|XPU")
 
     @classmethod
-    def of(cls, error: BaseException, next_step: str = "") -> OutOfMemory | None:
+    def of(cls, error: BaseException, next_step: str = "Close what else takes memory, or take a smaller model.") -> OutOfMemory | None:
         """The same as a message, if it is what `error` tells."""
         text = str(error)
-        if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and cls.WORDS.search(text)):
+        told = isinstance(error, RuntimeError) and cls.WORDS.search(text) or isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if not (told or isinstance(error, MemoryError)):
             return None
-        wanted = cls.WANTED.search(text)
-        size = "" if not wanted else f"{int(wanted[1]) / 2**20:,.0f} MiB more were asked for" if wanted[2] == "bytes" else f"{wanted[1]} {wanted[2]} more were asked for"
-        where = "The GPU's memory" if "CUDA" in text or "CUBLAS" in text else "Memory"
-        return cls(f"{where} ran out{': ' + size if size else ''}.", "Expected as much to be free as `weitiao plan` tells for the same settings.",
-                   next_step or "Less is needed with training.memory=balanced (or thrifty), with shorter rows (data.max_tokens), with model.quantize=nf4, and by smaller models.")
+        size = ""
+        if wanted := cls.WANTED.search(text):
+            size = f": {wanted[1] if wanted[1].endswith('B') else f'{int(wanted[1]) / 2**20:,.3g} MiB'} more were asked for"
+        return cls(f"{'The GPU' if cls.GPU.search(text) else 'This machine'} ran out of memory{size}.",
+                   "Expected as much to be free as this takes; `weitiao plan` tells what a training does.", next_step)
 
 
 class TrainingStopped(WeitiaoError):

@@ -29,6 +29,8 @@ def groups(tmp_path, monkeypatch):
 def test_a_container_of_the_second_kind_limits_what_is_free(groups):
     groups(["0::/"], memory_of_max=str(4 * GIB), memory_of_current=str(3 * GIB), memory_of_stat=f"anon 1\ninactive_file {GIB}\n")
     assert memory.free("cpu") == 2 * GIB
+    groups(["0::/"], memory_of_stat=f"anon 1\ninactive_file {GIB}\nactive_file {GIB // 2}\n")
+    assert memory.free("cpu") == 2 * GIB + GIB // 2
 
 
 def test_a_group_around_ours_limits_too(groups):

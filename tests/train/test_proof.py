@@ -117,13 +117,40 @@ def test_bf16_is_held_to_what_bf16_can_do(branching):
 
 
 def test_a_loss_is_as_exact_as_its_logits_are_spaced():
-    from weitiao.train.proof import TOLERANCES, _tolerances
+    from weitiao.train.proof import TOLERANCES, _limits
 
     model = taught()
-    assert _tolerances(model, torch.float32, 46.0) == TOLERANCES[torch.float32]
-    assert _tolerances(model, torch.bfloat16, 10.0) == TOLERANCES[torch.bfloat16]
-    assert _tolerances(model, torch.bfloat16, 46.0)[1] == pytest.approx(6 * 46 / 128)
-    assert _tolerances(model, torch.float16, 46.0)[1] == pytest.approx(6 * 46 / 1024)
+    assert _limits(model, torch.float32, 46.0, 0.0) == TOLERANCES[torch.float32]
+    assert _limits(model, torch.bfloat16, 5.0, 1.0) == TOLERANCES[torch.bfloat16]
+    assert _limits(model, torch.bfloat16, 46.0, 1.0)[1] == pytest.approx(8 * 32 / 128)
+    assert _limits(model, torch.float16, 46.0, 1.0)[1] == pytest.approx(8 * 32 / 1024)
+    assert _limits(model, torch.bfloat16, 46.0, 0.01)[2] == pytest.approx(6 * 0.01 + 0.35 / 16)
+
+
+def test_an_id_that_is_never_told_does_not_widen_the_limits(branching):
+    model = taught()
+    model.lm_head.register_forward_hook(lambda layer, given, logits: logits.index_fill(-1, torch.tensor([0]), float("-inf")))
+    proof = prove(model, [e for e in branching if 0 not in e.ids], torch.float32)
+    assert proof.passed and proof.limits[1] == 3e-4, proof
+
+
+def lost_gradients(model, monkeypatch):
+    monkeypatch.setattr(Stem, "add", lambda self, name, gradient: None)
+
+
+def halved_gradients(model, monkeypatch):
+    true = Stem.add
+    monkeypatch.setattr(Stem, "add", lambda self, name, gradient: true(self, name, 0.5 * gradient))
+
+
+@pytest.mark.parametrize(("name", "fault"), [
+    ("llama", lost_gradients), ("llama", halved_gradients), ("gpt2", lost_gradients), ("qwen3", lost_gradients)], ids=str)
+def test_in_bf16_too_a_fault_that_moves_nobody_else_is_caught(name, fault, branching, monkeypatch):
+    model = taught(name)
+    assert prove(model, branching, torch.bfloat16).passed
+    fault(model, monkeypatch)
+    proof = prove(model, branching, torch.bfloat16)
+    assert proof.leak_max == 0 and not proof.passed, proof
 
 
 def test_large_logits_in_bf16_pass_and_a_layer_that_reads_a_neighbour_does_not(branching, monkeypatch):
@@ -237,10 +264,13 @@ def test_no_part_of_a_proof_is_larger_than_a_pass_unless_a_window_shows_only_the
     plain, sliding = tiny_model().config, tiny_model("mistral", sliding_window=700).config
     assert size_for(plain, 448) == (896, 448) and size_for(plain, 16_384) == (TOKENS, LONGEST)
     assert size_for(plain, 100).longest == SHORT and size_for(plain, 4096, frugal=True).longest == SHORT
-    assert size_for(sliding, 448).longest == LONGEST and size_for(sliding, 896) == (1792, 896)
+    assert size_for(sliding, 448).longest == size_for(sliding, 896).longest == LONGEST and size_for(sliding, 1400) == (2800, 1400)
     rng = np.random.default_rng(0)
     chosen = picked([example(rng.integers(4, 60, n), 1, n) for n in (300, 400, 900, 5000)], size_for(plain, 448))
     assert [len(e) for e in chosen] == [300, 448]
+    shared = rng.integers(4, 60, 900)
+    rows = [example(np.concatenate([shared, rng.integers(4, 60, n)]), 900, n) for n in (100, 110, 120, 130)]
+    assert build(picked(rows, size_for(plain, 448))).computed <= 448 and all(e.weights.any() for e in picked(rows, size_for(plain, 448)))
 
 
 def test_a_sketch_of_gradients_keeps_lengths_and_differences(branching):
@@ -270,10 +300,10 @@ def test_a_frugal_proof_passes_and_fails_like_the_other(branching, monkeypatch):
     assert not broken.passed and broken.grad_rel_max == pytest.approx(0.01, rel=0.2)
 
 
-def test_rows_are_shortened_to_where_something_is_learned():
+def test_rows_are_shortened_to_their_beginnings_of_which_something_is_learned():
     from weitiao.train.proof import shortened
 
     short, early, late = example(range(10), 4), example(range(40), 5), example(range(40), 30)
     a, b, c = (shortened(row, 16) for row in (short, early, late))
-    assert a.ids.tolist() == list(range(10)) and b.ids.tolist() == list(range(16)) and c.ids.tolist() == list(range(24, 40))
-    assert [e.weights.tolist() for e in (a, b, c)] == [[0] * 4 + [1] * 6, [0] * 5 + [1] * 11, [0] * 6 + [1] * 10]
+    assert [e.ids.tolist() for e in (a, b, c)] == [list(range(10)), list(range(16)), list(range(16))]
+    assert [e.weights.tolist() for e in (a, b, c)] == [[0] * 4 + [1] * 6, [0] * 5 + [1] * 11, [0] * 14 + [1] * 2]

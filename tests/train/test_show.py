@@ -429,3 +429,14 @@ def test_real_rows(real, shared, read, file):
         assert all(row.conversation.messages[i].content in learned for row in data.rows for i in row.conversation.turns())
     page = html_page(data.rows, template, file)
     assert Page(page).tokens and "\ufffd" not in page
+
+
+def test_what_was_planned_is_told_of_the_parts_that_ran():
+    """A run that goes on proves nothing again, so the proof's memory is none of its own."""
+    from types import SimpleNamespace
+
+    from weitiao.train.train import planned_and_measured
+
+    meter = SimpleNamespace(peaks={"load": 1 << 20, "steps": 3 << 20}, before=0)
+    planned = SimpleNamespace(parts={"load": 1 << 20, "proof": 9 << 20, "steps": 4 << 20}, kept=0)
+    assert planned_and_measured(SimpleNamespace(meter=meter, planned=planned)) == "4.0 MiB planned; 3.0 MiB measured (steps)"

@@ -213,3 +213,35 @@ def test_paged_states_are_not_the_gpus():
     words = {"method": "full", "training": {"optimizer": "paged_adamw_8bit"}}
     assert trace(case("llama", layers=4, device="cuda", **words), rows()).windows["optimizer"]["optimizer"] == 0
     assert trace(case("llama", layers=4, **words), rows()).windows["optimizer"]["optimizer"] > 0
+
+
+def test_what_only_asks_or_makes_room_moves_nothing():
+    lives = tracing.Lives()
+    with lives:
+        lives.begin("forward")
+        x = torch.ones(64, 64)
+        before = lives.works()[0].moved
+        x.new_empty(64, 64), torch.empty_like(x), torch.empty_strided((64, 64), (1, 64)), torch.ops.prim.device.default(x)
+        assert lives.works()[0].moved == before
+        x + x
+    assert lives.works()[0].moved == before + 3 * 4 * 64 * 64
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_our_own_kernels_are_a_cpus_and_are_counted_there(device, monkeypatch):
+    """In bf16 a chunk's logits are overwritten by their gradient, where PyTorch's way makes them float32; and what is moved is counted."""
+    from weitiao.model import elementwise
+
+    if reason := elementwise.trouble():
+        pytest.skip(reason)
+    made = case(device=device, training={"precision": "bf16"})
+    made.config.vocab_size, made.config.hidden_size, made.config.intermediate_size = 32_000, 64, 128
+    ours = trace(made, rows())
+    monkeypatch.setattr(elementwise, "trouble", lambda: "not built")
+    theirs = trace(made, rows())
+    if device == "cuda":
+        assert ours == theirs
+    else:
+        logits = [max(window.get("logits", 0) for window in found.windows.values()) for found in (ours, theirs)]
+        assert logits[0] < 0.6 * logits[1]
+        assert 0.2 * theirs.work.moved < ours.work.moved < theirs.work.moved

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -30,11 +32,26 @@ ARGUMENTS = {
 }
 
 
+_told: Callable[[int], None] | None = None  # the plan under way
+
+
+@contextmanager
+def planned(moved: Callable[[int], None]) -> Iterator[None]:
+    """In here tensors that have shapes alone are taken too, for a plan of a CPU's memory: moved is told the bytes that would be read and written."""
+    global _told
+    before, _told = _told, moved
+    try:
+        yield
+    finally:
+        _told = before
+
+
 def takes(*tensors: torch.Tensor) -> bool:
     """Are all of these dense, of one type that it computes, in whole vectors on a CPU, and is it built here?"""
     kind = tensors[0].dtype
     return kind in TOLERANCES and all(
-        x.dtype is kind and x.device.type == "cpu" and x.is_contiguous() and x.shape[-1] % LANES == 0 for x in tensors
+        x.dtype is kind and x.device.type == "cpu" and x.is_contiguous() and x.shape[-1] % LANES == 0
+        and (_told is not None or not isinstance(x, FakeTensor)) for x in tensors
     ) and trouble() is None
 
 
@@ -103,8 +120,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 
 
 def _call(name: str, first: torch.Tensor, *rest: torch.Tensor | int | float) -> None:
-    if isinstance(first, FakeTensor):  # a plan asks for the shapes alone
-        return
+    if _told and isinstance(first, FakeTensor):
+        return _told(sum(x.numel() * x.element_size() for x in (first, *rest) if isinstance(x, torch.Tensor)))
     given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (first, *rest)]
     assert len(given) + 1 == len(ARGUMENTS[name]), name  # the threads are the last of them
     getattr(compiled.loaded(), name)(*given, torch.get_num_threads(), first.dtype is torch.bfloat16)

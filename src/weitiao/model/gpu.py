@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import torch
 
+from weitiao.errors import OutOfMemory
 from weitiao.data.batch import Plan, trie_batch
 from weitiao.model import flex, varlen
 from weitiao.trie import Example, build
@@ -55,6 +56,8 @@ def works(name: str, device: torch.device, dtype: torch.dtype, heads: int, kv_he
             WAYS[name].attend(*inputs, plan, 1.0, None).sum().backward()
         return all(bool(tensor.grad.isfinite().all()) for tensor in inputs)
     except Exception as error:  # the compiler's, triton's or the driver's: whatever it is, there is another way
+        if OutOfMemory.of(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         warnings.warn(f"Attention by {name} does not run on this GPU: {reason}. Another way is taken, which may be slower.", stacklevel=2)
         return False

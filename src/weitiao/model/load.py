@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weitiao.config import Settings
-from weitiao.errors import SettingError, SourceError
+from weitiao.errors import OutOfMemory, SettingError, SourceError
 from weitiao.model import attention, families, heap, offload, products, quantize
 from weitiao.model.families import bloom
 from weitiao.settings.model import ModelSettings
@@ -78,6 +78,8 @@ def load_model(
             quantization_config=bits, device_map=settings.device_map or ({"": device} if bits else None),
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if told := OutOfMemory.of(error):
+            raise told from error
         raise SourceError(f"The model in {folder} cannot be loaded.", _first_line(error), _remote_code_advice(error)) from error
     missing = sorted(info["missing_keys"])
     if missing:

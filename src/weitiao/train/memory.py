@@ -140,16 +140,16 @@ def _left_by_limits() -> Iterator[int]:
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0] if sys.platform == "linux" else resource.RLIM_INFINITY
         if limit != resource.RLIM_INFINITY:
             yield limit - psutil.Process().memory_info().vms
     for group in _control_groups():
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limit, now, cache = ("memory.max", "memory.current", "inactive_file") if (group / "memory.current").is_file() else \
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            limit, now, cache = ("memory.max", "memory.current", "") if (group / "memory.current").is_file() else \
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
             most = int((group / limit).read_text())
-            found = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-            yield most - int((group / now).read_text()) + (int(found[1]) if found else 0)  # pages of files give way
+            files = re.findall(rf"^{cache}(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            yield most - int((group / now).read_text()) + sum(map(int, files))  # pages of files give way
 
 
 def _control_groups() -> Iterator[Path]:

@@ -46,7 +46,7 @@ CONTEXT = 600 << 20  # of a GPU, outside what PyTorch allocates
 # memory.give_back_at_once.
 KEEPS = {"cpu": 1.2, "cuda": 0.08}
 OWN_HEAP_KEEPS = 0.06
-IN_A_STEP = 0.8  # of the speed of a product by itself, whose weight lies in the cache (benchmarks/results.md, "Zen 5, the required grid")
+IN_A_STEP = 0.8  # of the speeds of a product and a sum by themselves, which find more in the cache (benchmarks/plan.md, "Time")
 PASSING = ("activations", "logits", "work space")
 STEP_OF_BUDGET = 256  # nodes
 CALL = 32  # nodes that could be computed in the time that one more call of the model takes
@@ -411,16 +411,11 @@ def _largest(subject: Subject, rows: Sequence[Example], layout: str, budget: int
 
 def _bytes_of_a_place(subject: Subject, case: Case) -> int:
     """Of a stem: keys and values as it keeps them and as a pass reads them, and their gradients in float32. 0 where a config does not tell."""
-    heads, width = _kv_shape(subject)
-    return 2 * case.config.get_text_config().num_hidden_layers * heads * width * (2 * case.compute.itemsize + 4)
-
-
-def _kv_shape(subject: Subject) -> tuple[int, int]:
-    """(key-value heads, width of a head); (0, 0) where a config does not tell."""
     try:
-        return kv_shape(loading.causal_lm(subject.whole))
+        heads, width = kv_shape(loading.causal_lm(subject.whole))
     except (AttributeError, TypeError):
-        return 0, 0
+        return 0
+    return 2 * case.config.get_text_config().num_hidden_layers * heads * width * (2 * case.compute.itemsize + 4)
 
 
 def _part(row: Example, tokens: int) -> Example:
@@ -523,7 +518,7 @@ def _proof(case: Case, subject: Subject, line: Line, terms: dict[str, int], budg
     vocabulary = subject.config.get_text_config().vocab_size
     # Of a row all logits are there, or their gradients, and beside these twice those that are learned, in float32.
     logits = vocabulary * (a_row * case.compute.itemsize + 2 * 4 * edges_of(longest))
-    at_once = max(a_row, -(-nodes // 2)) if stems else nodes
+    at_once = max(a_row, -(-nodes // 2))
     return round(standing + max(gradients + passing(at_once, edges_of(rows)), 2 * gradients + passing(a_row, 0) + logits))
 
 

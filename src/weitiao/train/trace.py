@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from weitiao.config import Settings
 from weitiao.data.batch import Plan, learned_batch, padded_batch
-from weitiao.model import attention, flex, fused, offload, stream
+from weitiao.model import attention, elementwise, flex, fused, offload, stream
 from weitiao.model import load as loading
 from weitiao.model.methods.layers import decoder_layers, is_conv1d
 from weitiao.model.methods.method import Method
@@ -274,7 +274,7 @@ def _trace(case: Case, layers: int, rows: Sequence[Example], accumulates: bool) 
             _as_on_a_gpu(optimizer)
         attached.train()
         autocast = torch.autocast("cpu", dtype=case.compute, enabled=loading.is_mixed(attached, case.compute))
-        with lives:
+        with lives, elementwise.planned(lives.move) if case.device == "cpu" else nullcontext():
             for last in (False, True) if accumulates else (True,):
                 lives.begin("forward")
                 with autocast, _told_of_the_loss(model, lives):
@@ -541,6 +541,10 @@ class Lives(TorchDispatchMode):
         self.host *= part != "forward"
         self.parts.append((self.clock, part))
 
+    def move(self, moved: int) -> None:
+        """Bytes that a kernel of our own would read and write, which nothing dispatches."""
+        self.work[self.part] += Work(moved=float(moved), calls=1.0)
+
     def see(self, tensor: torch.Tensor, term: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -611,10 +615,14 @@ class Lives(TorchDispatchMode):
         return passing, self.work["optimizer"]
 
 
+# Nothing is read or written by these, nor by prim::device, which asks where a tensor is.
+UNMOVED = {f"aten::{name}" for name in ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
+
+
 def _work(func: Any, args: Any, kwargs: Any, out: Any, made: Sequence[torch.Tensor]) -> Work:
     name = func._schema.name
-    if func.is_view or name.startswith("prim::") or name in ("aten::detach", "aten::empty", "aten::empty_like", "aten::new_empty"):
-        return Work()  # nothing is read or written; prim::device asks where a tensor is
+    if func.is_view or name.startswith("prim::") or name in UNMOVED:
+        return Work()
     count = flop_registry.get(torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket)
     flops = float(count(*args, **kwargs, out_val=out)) if count else 0.0
     read = sum(t.numel() * t.element_size() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))

@@ -96,33 +96,44 @@ def train(settings: Settings, screen: Screen | None = None, show_model: bool = F
     screen = screen or default_screen()
     if settings.output:
         RunFolder.refuse_taken(Path(settings.output))  # before the model is loaded; the folder is not made before all processes were here
-    with nothing_kept():
-        job = prepare(settings, screen, force)
-        path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
-        if job.planned and not force:
-            refuse_full_disk(job.planned, path)
-        if show_model:
-            show_tree(job.model, screen)
-        with encoding_beside(job, screen):
+    with contextlib.ExitStack() as beside:
+        with nothing_kept(settings):
+            job = prepare(settings, screen, force)
+            path = Path(settings.output) if settings.output else free_name(Path("runs"), default_name(settings))
+            if job.planned and not force:
+                refuse_full_disk(job.planned, path)
+            if show_model:
+                show_tree(job.model, screen)
+            beside.enter_context(encoding_beside(job, screen))
             show_job(job, screen)
             settled, proof = settle(job, screen)
             # What depends on this process (the free name, the free memory) is the first one's say for all.
             path, job.settings = broadcast_object_list([path, settled])
-            with claim(job, path) as run:
-                if job.accelerator.is_main_process:
-                    write_facts(run, job, proof)
-                    run.start(job.settings)
-                job.accelerator.wait_for_everyone()
-                return carry_out(job, run, None, screen)
+        with claim(job, path) as run:
+            if job.accelerator.is_main_process:
+                write_facts(run, job, proof)
+                run.start(job.settings)
+            job.accelerator.wait_for_everyone()
+            return carry_out(job, run, None, screen)
 
 
 @contextlib.contextmanager
-def nothing_kept() -> Iterator[None]:
-    """Ctrl-C before there is a run folder."""
+def nothing_kept(settings: Settings) -> Iterator[None]:
+    """Ctrl-C, or no more memory, before there is a run folder."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(NOTHING_KEPT, signal.SIGINT) from None
+    except (MemoryError, RuntimeError, OSError) as failure:
+        if told := OutOfMemory.of(failure, less_memory(settings)):
+            raise told from failure
+        raise
+
+
+def less_memory(settings: Settings) -> str:
+    ways = {"training.memory=balanced": settings.training.memory not in ("balanced", "thrifty"), "shorter rows (data.max_tokens)": True,
+            "model.quantize=nf4": settings.model.quantize == "none" and not METHODS[settings.method.name].TRAINS_ALL, "a smaller model": True}
+    return f"Less is needed with one of these: {', '.join(name for name, open_still in ways.items() if open_still)}."
 
 
 def resume(path: Path, screen: Screen | None = None) -> RunFolder:
@@ -394,9 +405,9 @@ def prove_kernels(job: Job, screen: Screen) -> None:
             worst, same = compare(job.model, first_rows(job), job.compute, str(job.accelerator.device), job.liger.without,
                                   size_of_proof(job))
         wrong = "" if same else f"give other gradients than PyTorch's here (by {worst:.1g})"
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the compiler's, or the driver's
+        if OutOfMemory.of(error):
+            raise
         wrong = f"do not run here ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]})"
     if wrong:
         job.liger.take_off()
@@ -429,7 +440,7 @@ def prove_layout(job: Job, screen: Screen) -> tuple[str, Proof | None]:
         how_far = "trie = plain rows" if proof.dtype == "float32" else f"trie = plain rows within the rounding of {proof.dtype}"
         screen.tell(
             f"Proven on {_count(proof.rows, 'row')} ({proof.dtype}): {how_far}. leak {proof.leak_max:.1g}, "
-            f"nll {proof.nll_max:.1g}, gradients {proof.grad_rel_max:.1g}."
+            f"nll {proof.nll_max:.1g}, gradients {proof.grad_rel:.1g} (of one tensor {proof.grad_rel_max:.1g})."
         )
         if job.accelerator.device.type == "cpu" and (reason := cpu.trouble(job.compute)):
             screen.tell(f"Attention goes by PyTorch's kernels, which take longer: {reason}", style="yellow")
@@ -547,7 +558,10 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
     """The new folder, locked by the main process; taken away again if the run ends with nothing in it to keep."""
     run = RunFolder(path)
     if not job.accelerator.is_main_process:
-        yield run
+        try:
+            yield run
+        except KeyboardInterrupt:
+            raise Interrupted("Stopped at once.", signal.SIGINT) from None
         return
     with run.locked():
         RunFolder.refuse_taken(path)  # again, now that nobody else can take it
@@ -648,9 +662,10 @@ def carry_out(job: Job, run: RunFolder, checkpoint: Checkpoint | None, screen: S
                         f"What was learned stands in {run.checkpoints_folder}.", f"Make room: weitiao train {run.path} --resume.",
                     ) from error
     except (MemoryError, RuntimeError) as failure:
-        if not (run.is_worth_keeping and (told := OutOfMemory.of(failure, f"Where more is free: weitiao train {run.path} --resume. A new run may need less: training.memory=balanced."))):
-            raise
-        raise told from failure
+        again = f"Where more is free: weitiao train {run.path} --resume. " if run.is_worth_keeping else ""
+        if told := OutOfMemory.of(failure, again + less_memory(settings)):
+            raise told from failure
+        raise
     finally:
         line.close()
     if job.accelerator.is_main_process:

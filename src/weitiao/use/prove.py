@@ -11,7 +11,7 @@ from weitiao.errors import RunError
 from weitiao.screen import Screen, quiet_libraries
 from weitiao.train.folder import Checkpoint, RunFolder, open_run
 from weitiao.train.loop import Training, takes_stems
-from weitiao.train.proof import ROWS, prove as prove_trie
+from weitiao.train.proof import NAMES, ROWS, Size, prove as prove_trie
 from weitiao.train.train import Job, encoding_beside, prepare, refuse_other_rows, size_of_proof
 
 
@@ -45,10 +45,11 @@ def prove(path: str, batches: int, steps: int) -> None:
             failed.append(f"steps {made[0]} to {made[-1]} have other losses than their record")
     if job.settings.training.layout == "trie":
         job.method.load(job.model, weights / job.method.FOLDER)
-        proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device), size_of_proof(job),
+        frugal = job.settings.proves_frugally
+        proofs = [prove_trie(job.model, examples, job.compute, str(job.accelerator.device), size_of_proof(job) if frugal else Size(), frugal,
                             stems=takes_stems(job.settings.training.checkpointing, job.accelerator.num_processes))
                   for examples in screen.progress(batches_of(job, batches), "Trie against rows")]
-        worst = {name: max(getattr(p, name) for p in proofs) for name in ("leak_max", "nll_max", "grad_rel_max", "grad_rel")}
+        worst = {name: max(getattr(p, name) for p in proofs) for name in NAMES}
         rows = sum(p.rows for p in proofs)
         report["trie"] = {**worst, "dtype": proofs[0].dtype, "rows": rows, "passed": all(p.passed for p in proofs)}
         screen.tell(f"Trie against plain rows, {rows} rows: " + ", ".join(f"{k} {v:.2g}" for k, v in worst.items()))

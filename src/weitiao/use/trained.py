@@ -16,7 +16,7 @@ from weitiao.data.dataset import Dataset
 from weitiao.data.labels import Labels
 from weitiao.data.templates import Template
 from weitiao.data.tokens import cut_front
-from weitiao.errors import RunError
+from weitiao.errors import OutOfMemory, RunError
 from weitiao.model import fused, quantize
 from weitiao.model import load as loading
 from weitiao.model.methods import METHODS, method_of
@@ -100,6 +100,8 @@ def open_trained(path: str, screen: Screen, base: str = "trained") -> Trained:
     try:
         method.load(model, weights / method.FOLDER)
     except (OSError, SafetensorError, RuntimeError, AssertionError) as error:
+        if told := OutOfMemory.of(error):
+            raise told from error
         steps = ", ".join(str(c.step) for c in run.checkpoints())
         raise RunError(f"What was learned cannot be read from {weights / method.FOLDER}: {str(error).splitlines()[0]}",
                        "Expected the files as training left them.",
