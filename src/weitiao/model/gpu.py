@@ -14,8 +14,8 @@ import warnings
 import numpy as np
 import torch
 
-from weitiao.errors import OutOfMemory
 from weitiao.data.batch import Plan, trie_batch
+from weitiao.errors import OutOfMemory
 from weitiao.model import flex, varlen
 from weitiao.trie import Example, build
 
