@@ -61,22 +61,37 @@ static Seen *seen_by(const Job *job) {
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline int sees(Seen s, long q0, long q1) { return s.from < q1 && q0 < s.to; }
+static inline int sees_whole(Seen s, long q0, long q1) { return s.whole_from <= q0 && q1 <= s.whole_to; }
 
-/* Of a block of queries, whole units of those that see some of these keys: [from, to), empty if none does. Products of a block that is not
- * seen whole leave out the rest, by so many keys at a time as there are queries in a unit. */
+/* Keys [key, key + keys) of a block are seen by queries [from, to) of a block alone, both in whole units but for the last keys. */
 typedef struct {
-    int from, to;
+    int key, keys, from, to;
 } Part;
 
-static Part part_of(const Job *job, long key, long q0, int unit) {
-    long end = key + unit < job->keys ? key + unit : job->keys, from = q0 + B, to = q0;
-    for (long k = key; k < end; k++) {
-        if (job->first[k] < from) from = job->first[k];
-        if (job->last[k] > to) to = job->last[k];
+/* What has to be computed of a block of keys from k0 on and `rows` queries from q0 on: all of it, or its keys by so many at a time as there are
+ * queries in a unit; neighbours that the same queries see are one part. Where `padded`, zeros follow the last key up to a unit. */
+static int parts_of(const Job *job, Seen seen, long k0, long q0, int rows, int unit, int padded, Part parts[B / LANES]) {
+    int there = least(B, job->keys - k0), count = 0, queries = (rows + unit - 1) / unit * unit;
+    if (sees_whole(seen, q0, q0 + rows)) {
+        parts[0] = (Part){0, B, 0, queries};
+        return 1;
     }
-    from = from > q0 ? (from - q0) / unit * unit : 0;
-    to = to < q0 + B ? (to - q0 + unit - 1) / unit * unit : B;
-    return (Part){from, from < to ? to : from};
+    for (int k = 0; k < there; k += unit) {
+        int keys = least(unit, there - k);
+        long from = q0 + B, to = q0;
+        for (long key = k0 + k; key < k0 + k + keys; key++) {
+            if (job->first[key] < from) from = job->first[key];
+            if (job->last[key] > to) to = job->last[key];
+        }
+        from = from > q0 ? (from - q0) / unit * unit : 0;
+        to = least(queries, to - q0 + unit - 1) / unit * unit;
+        if (from >= to) continue;
+        if (padded) keys = unit;
+        Part *before = parts + count - 1;
+        if (count && before->from == from && before->to == to && before->key + before->keys == k) before->keys += keys;
+        else parts[count++] = (Part){k, keys, from, to};
+    }
+    return count;
 }
 
 /* Heads that read the same keys and values, and are computed together: what is read of those, and what is added up for their gradients,
@@ -100,15 +115,18 @@ static int share_out(const Job *job, const Seen *seen, long *starts) {
     long *work = malloc(blocks * sizeof(long));
     if (!work) return 1;
     for (long i = 0; i < blocks; i++) {
-        work[i] = 1;
-        for (long j = 0; j < key_blocks; j++) work[i] += sees(seen[j], i * B, (i + 1) * B);
+        long q0 = i * B, q1 = least(q0 + B, job->queries);
+        work[i] = 1; /* a block that is seen in part is about half of one */
+        for (long j = 0; j < key_blocks; j++)
+            if (sees(seen[j], q0, q1)) work[i] += sees_whole(seen[j], q0, q1) ? 4 : 2;
         total += work[i];
     }
     total *= job->heads;
     starts[0] = 0;
     for (long item = 0; item < teams_of(job) * blocks; item++) {
-        while (thread < job->threads && done * job->threads >= total * thread) starts[thread++] = item;
-        done += work[item % blocks] * team_of(job, item / blocks).count;
+        long next = work[item % blocks] * team_of(job, item / blocks).count;
+        while (thread < job->threads && (2 * done + next) * job->threads >= 2 * total * thread) starts[thread++] = item;
+        done += next;
     }
     while (thread <= job->threads) starts[thread++] = teams_of(job) * blocks;
     free(work);
@@ -137,32 +155,41 @@ static float *scratch(size_t floats) {
     return kept;
 }
 
-/* The mask of 16 queries from q on, for one key. */
-static inline ints mask_of(const Job *job, long key, long q) {
-    ints at = ORDER + (int32_t)q;
-    if (key >= job->keys) return (ints){};
-    return (at >= job->first[key]) & (at < job->last[key]);
+/* Which of 16 queries from q on see a key. */
+static inline __mmask16 mask_of(const Job *job, long key, long q) {
+    if (key >= job->keys) return 0;
+    __m512i at = _mm512_add_epi32((__m512i)ORDER, _mm512_set1_epi32(q));
+    return _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(job->first[key])), at, _mm512_set1_epi32(job->last[key]));
 }
 
+/* Below what a query's largest score begins with, so that a weight of 0 comes of it. */
+#define NOTHING_YET -1e30f
+#define UNSEEN -2e30f
+
 /* One block of the online softmax: scores [B][B] become weights; top and total [B], of all keys so far, go on; shrink [B] is what the sums
- * so far are worth by the new top. */
-static void softmax_block(const Job *job, float *scores, int rows, long k0, long q0, int whole, float *top, float *total, float *shrink) {
+ * so far are worth by the new top. Only what is in a part is read and written. */
+static void softmax_block(const Job *job, float *scores, const Part *parts, int count, int whole, long k0, long q0, float *top, float *total, float *shrink) {
     float factor = job->scale * LOG2E;
     for (int v = 0; v < VECTORS; v++) {
-        vec most = *(vec *)(top + v * LANES), sum = {};
-        for (int k = 0; k < rows; k++) {
-            vec *s = (vec *)(scores + k * B + v * LANES);
-            *s *= factor;
-            if (!whole) *s = choose(mask_of(job, k0 + k, q0 + v * LANES), *s, all(-1e30f));
-            most = larger(*s, most);
+        vec before = *(vec *)(top + v * LANES), most = before, sum = {};
+        for (const Part *part = parts; part < parts + count; part++) {
+            if (v * LANES < part->from || part->to <= v * LANES) continue;
+            for (int k = part->key; k < part->key + part->keys; k++) {
+                vec *s = (vec *)(scores + k * B + v * LANES);
+                *s *= factor;
+                if (!whole) *s = (vec)_mm512_mask_mov_ps(_mm512_set1_ps(UNSEEN), mask_of(job, k0 + k, q0 + v * LANES), (__m512)*s);
+                most = larger(*s, most);
+            }
         }
-        vec less = exp2_of(*(vec *)(top + v * LANES) - most);
-        for (int k = 0; k < rows; k++) {
-            vec *s = (vec *)(scores + k * B + v * LANES), p = exp2_of(*s - most);
-            if (!whole) p = only(mask_of(job, k0 + k, q0 + v * LANES), p);
-            sum += p;
-            *s = p;
+        for (const Part *part = parts; part < parts + count; part++) {
+            if (v * LANES < part->from || part->to <= v * LANES) continue;
+            for (int k = part->key; k < part->key + part->keys; k++) {
+                vec *s = (vec *)(scores + k * B + v * LANES);
+                *s = exp2_of(*s - most);
+                sum += *s;
+            }
         }
+        vec less = exp2_of(before - most);
         *(vec *)(total + v * LANES) = *(vec *)(total + v * LANES) * less + sum;
         *(vec *)(top + v * LANES) = most;
         *(vec *)(shrink + v * LANES) = less;
@@ -170,25 +197,32 @@ static void softmax_block(const Job *job, float *scores, int rows, long k0, long
 }
 
 /* Of the backward pass: scores become weights p, d_weights become p (d_weights - delta). lse in powers of 2. */
-static void weights_block(const Job *job, float *scores, float *d_weights, int rows, long k0, long q0, int whole, const float *lse, const float *delta) {
+static void weights_block(const Job *job, float *scores, float *d_weights, const Part *parts, int count, int whole, long k0, long q0, const float *lse, const float *delta) {
     float factor = job->scale * LOG2E;
-    for (int k = 0; k < rows; k++)
-        for (int v = 0; v < VECTORS; v++) {
-            vec *s = (vec *)(scores + k * B + v * LANES), *d = (vec *)(d_weights + k * B + v * LANES);
-            vec p = exp2_of(*s * factor - *(vec *)(lse + v * LANES));
-            vec d_score = p * (*d - *(vec *)(delta + v * LANES));
-            if (!whole) {
-                ints mask = mask_of(job, k0 + k, q0 + v * LANES); /* where nothing was computed, anything may stand */
-                p = only(mask, p);
-                d_score = only(mask, d_score);
+    for (const Part *part = parts; part < parts + count; part++)
+        for (int k = part->key; k < part->key + part->keys; k++)
+            for (int q = part->from; q < part->to; q += LANES) {
+                vec *s = (vec *)(scores + k * B + q), *d = (vec *)(d_weights + k * B + q);
+                vec p = exp2_of(*s * factor - *(vec *)(lse + q));
+                vec d_score = p * (*d - *(vec *)(delta + q));
+                if (!whole) {
+                    __mmask16 mask = mask_of(job, k0 + k, q0 + q); /* where nothing is seen, anything may stand */
+                    p = (vec)_mm512_maskz_mov_ps(mask, (__m512)p);
+                    d_score = (vec)_mm512_maskz_mov_ps(mask, (__m512)d_score);
+                }
+                *s = p;
+                *d = d_score;
             }
-            *s = p;
-            *d = d_score;
-        }
 }
 
 static void begin_rows(float *top, float *total) {
-    for (int q = 0; q < B; q++) top[q] = -1e30f, total[q] = 0;
+    for (int q = 0; q < B; q++) top[q] = NOTHING_YET, total[q] = 0;
+}
+
+/* What was added up so far, by the new top. */
+static inline void rescale(float *sums, const float *shrink, int width) {
+    for (int d = 0; d < width; d++)
+        for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
 }
 
 /* Sums [width][B] become means; the log-sum-exp of each query is kept. */
@@ -202,34 +236,39 @@ static void end_rows(const Job *job, long head, long q0, int rows, float *sums, 
 
 /* ------------------------------------------------------------------------------------------------------------------ float32 */
 
-/* c [4][so many vectors] (+)= a [4][k] b [k][..] */
-static inline __attribute__((always_inline)) void four_rows(
-    float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int vectors, int k, int add) {
-    vec sum[4][4];
-    for (int r = 0; r < 4; r++)
+/* c [so many rows][so many vectors] (+)= a [rows][k] b [k][..]. Left to itself the compiler reads b again for each row: more than the processor reads
+ * while it multiplies. */
+static inline __attribute__((always_inline)) void tile(
+    float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int rows, int vectors, int k, int add) {
+    vec sum[8][4], right[4];
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = add ? *(vec *)(c + r * ldc + v * LANES) : (vec){};
-    for (int l = 0; l < k; l++, a += a_column, b += ldb)
-        for (int r = 0; r < 4; r++)
-            for (int v = 0; v < vectors; v++) sum[r][v] += all(a[r * a_row]) * *(vec *)(b + v * LANES);
-    for (int r = 0; r < 4; r++)
+    for (int l = 0; l < k; l++, a += a_column, b += ldb) {
+        for (int v = 0; v < vectors; v++) {
+            right[v] = *(vec *)(b + v * LANES);
+            __asm__("" : "+v"(right[v]));
+        }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) sum[r][v] += all(a[r * a_row]) * right[v];
+    }
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) *(vec *)(c + r * ldc + v * LANES) = sum[r][v];
+}
+
+/* The same for all rows, by tiles that keep the processor's units for sums busy. */
+static inline __attribute__((always_inline)) void column(
+    float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int m, int vectors, int k, int add) {
+    int i = 0, tall = vectors > 2 ? 4 : 8;
+    for (; i + tall <= m; i += tall) tile(c + i * ldc, ldc, a + i * a_row, a_row, a_column, b, ldb, tall, vectors, k, add);
+    for (; i < m; i++) tile(c + i * ldc, ldc, a + i * a_row, a_row, a_column, b, ldb, 1, vectors, k, add);
 }
 
 /* c [m][n] (+)= a [m][k] b [k][n]; a's strides are free, c's and b's rows dense. n: a multiple of 16. */
 static void product(float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int m, int n, int k, int add) {
-    int i = 0;
-    for (; i + 4 <= m; i += 4) {
-        int j = 0;
-        for (; j + 4 * LANES <= n; j += 4 * LANES) four_rows(c + i * ldc + j, ldc, a + i * a_row, a_row, a_column, b + j, ldb, 4, k, add);
-        for (; j + 2 * LANES <= n; j += 2 * LANES) four_rows(c + i * ldc + j, ldc, a + i * a_row, a_row, a_column, b + j, ldb, 2, k, add);
-        for (; j < n; j += LANES) four_rows(c + i * ldc + j, ldc, a + i * a_row, a_row, a_column, b + j, ldb, 1, k, add);
-    }
-    for (; i < m; i++)
-        for (int j = 0; j < n; j += LANES) {
-            vec sum = add ? *(vec *)(c + i * ldc + j) : (vec){};
-            for (int l = 0; l < k; l++) sum += all(a[i * a_row + l * a_column]) * *(vec *)(b + l * ldb + j);
-            *(vec *)(c + i * ldc + j) = sum;
-        }
+    for (; n >= 4 * LANES; n -= 4 * LANES, b += 4 * LANES, c += 4 * LANES) column(c, ldc, a, a_row, a_column, b, ldb, m, 4, k, add);
+    if (n == 3 * LANES) column(c, ldc, a, a_row, a_column, b, ldb, m, 3, k, add);
+    if (n == 2 * LANES) column(c, ldc, a, a_row, a_column, b, ldb, m, 2, k, add);
+    if (n == LANES) column(c, ldc, a, a_row, a_column, b, ldb, m, 1, k, add);
 }
 
 /* 16 x 16 numbers change rows and columns. */
@@ -296,22 +335,18 @@ static void forward_block(const Job *job, const Seen *seen, Team team, long q0, 
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        int keys = least(B, job->keys - k0), whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : LANES;
+        Part parts[B / LANES];
+        int whole = sees_whole(s, q0, q0 + rows), count = parts_of(job, s, k0, q0, rows, LANES, 0, parts);
         for (long h = 0; h < team.count; h++) {
             float *query = own + h * each, *sums = query + B * width, *top = sums + B * width, *shrink = top + 2 * B;
-            for (int k = 0; k < keys; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                product(scores + k * B + p.from, B, of(&job->key, team.group, k0 + k), job->key.row, 1, query + p.from, B,
-                        least(unit, keys - k), p.to - p.from, width, 0);
-            }
-            softmax_block(job, scores, keys, k0, q0, whole, top, top + B, shrink);
-            for (int d = 0; d < width; d++)
-                for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
-            for (int k = 0; k < keys; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                product(sums + p.from, B, of(&job->value, team.group, k0 + k), 1, job->value.row, scores + k * B + p.from, B,
-                        width, p.to - p.from, least(unit, keys - k), 1);
-            }
+            for (Part *p = parts; p < parts + count; p++)
+                product(scores + p->key * B + p->from, B, of(&job->key, team.group, k0 + p->key), job->key.row, 1, query + p->from, B,
+                        p->keys, p->to - p->from, width, 0);
+            softmax_block(job, scores, parts, count, whole, k0, q0, top, top + B, shrink);
+            rescale(sums, shrink, width);
+            for (Part *p = parts; p < parts + count; p++)
+                product(sums + p->from, B, of(&job->value, team.group, k0 + p->key), 1, job->value.row, scores + p->key * B + p->from, B,
+                        width, p->to - p->from, p->keys, 1);
         }
     }
     for (long h = 0; h < team.count; h++) {
@@ -343,27 +378,25 @@ static void backward_block(const Job *job, const Seen *seen, Team team, long q0,
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        int keys = least(B, job->keys - k0), whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : LANES;
+        Part parts[B / LANES];
+        int whole = sees_whole(s, q0, q0 + rows), count = parts_of(job, s, k0, q0, rows, LANES, 0, parts);
         for (long h = 0; h < team.count; h++) {
             long head = team.first + h;
             float *query = own + h * each, *grad = query + B * width, *d_query = grad + B * width, *lse = d_query + B * width, *delta = lse + B;
-            for (int k = 0; k < keys; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                int count = least(unit, keys - k), seeing = p.to - p.from;
-                product(scores + k * B + p.from, B, of(&job->key, team.group, k0 + k), job->key.row, 1, query + p.from, B, count, seeing, width, 0);
-                product(d_weights + k * B + p.from, B, of(&job->value, team.group, k0 + k), job->value.row, 1, grad + p.from, B, count, seeing, width, 0);
+            for (Part *p = parts; p < parts + count; p++) {
+                long at = p->key * B + p->from;
+                int seeing = p->to - p->from;
+                product(scores + at, B, of(&job->key, team.group, k0 + p->key), job->key.row, 1, query + p->from, B, p->keys, seeing, width, 0);
+                product(d_weights + at, B, of(&job->value, team.group, k0 + p->key), job->value.row, 1, grad + p->from, B, p->keys, seeing, width, 0);
             }
-            weights_block(job, scores, d_weights, keys, k0, q0, whole, lse, delta);
-            for (int k = 0; k < keys; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                int count = least(unit, keys - k), seeing = least(p.to, rows) - p.from;
-                float *p_grad = of(&job->grad, head, q0 + p.from), *p_query = of(&job->query, head, q0 + p.from);
-                const float *weights = scores + k * B + p.from, *d_scores = d_weights + k * B + p.from;
-                long at = (k0 + k) * width;
-                if (seeing <= 0) continue;
-                product(d_value + at, width, weights, B, 1, p_grad, job->grad.row, count, width, seeing, 1);
-                product(d_key + at, width, d_scores, B, 1, p_query, job->query.row, count, width, seeing, 1);
-                product(d_query + p.from * width, width, d_scores, 1, B, of(&job->key, team.group, k0 + k), job->key.row, seeing, width, count, 1);
+            weights_block(job, scores, d_weights, parts, count, whole, k0, q0, lse, delta);
+            for (Part *p = parts; p < parts + count; p++) {
+                int seeing = least(p->to, rows) - p->from;
+                const float *weights = scores + p->key * B + p->from, *d_scores = d_weights + p->key * B + p->from;
+                long at = (k0 + p->key) * width;
+                product(d_value + at, width, weights, B, 1, of(&job->grad, head, q0 + p->from), job->grad.row, p->keys, width, seeing, 1);
+                product(d_key + at, width, d_scores, B, 1, of(&job->query, head, q0 + p->from), job->query.row, p->keys, width, seeing, 1);
+                product(d_query + p->from * width, width, d_scores, 1, B, of(&job->key, team.group, k0 + p->key), job->key.row, seeing, width, p->keys, 1);
             }
         }
     }
@@ -385,32 +418,42 @@ static inline half rounded(float x) { /* to the nearest, ties to even */
 }
 static inline vec eight_and_eight(const half *x) { return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((void *)x)), 16); }
 
-/* c [m][n] (+)= a [m][k] b [k][n]; pairs of b's rows are interleaved, b [k / 2][n][2]. m, n, k: multiples of 32. */
+/* c [m][n] (+)= a [m][k] b [k][n]; pairs of b's rows are interleaved, b [k / 2][n][2]. m, n, k: multiples of `halves_unit`. */
 typedef void Product(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add);
 
-/* Two products of bfloat16 are added to each float32: 4 rows, and so many vectors, at a time. */
-static inline __attribute__((always_inline)) void four_rows_of_pairs(
-    float *c, long ldc, const half *a, long lda, const half *b, long ldb, int vectors, int k, int add) {
-    __m512 sum[4][4];
-    for (int r = 0; r < 4; r++)
+/* As `tile` and `column` above; two products of bfloat16 are added to each float32. */
+static inline __attribute__((always_inline)) void tile_of_pairs(
+    float *c, long ldc, const half *a, long lda, const half *b, long ldb, int rows, int vectors, int k, int add) {
+    __m512 sum[8][4];
+    __m512i right[4];
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * LANES) : _mm512_setzero_ps();
-    for (int l = 0; l < k; l += 2, b += ldb)
-        for (int r = 0; r < 4; r++) {
+    for (int l = 0; l < k; l += 2, b += ldb) {
+        for (int v = 0; v < vectors; v++) {
+            right[v] = _mm512_loadu_si512(b + 2 * v * LANES);
+            __asm__("" : "+v"(right[v]));
+        }
+        for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, a + r * lda + l, sizeof pair);
-            for (int v = 0; v < vectors; v++)
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b + 2 * v * LANES));
+            for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right[v]);
         }
-    for (int r = 0; r < 4; r++)
+    }
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + r * ldc + v * LANES, sum[r][v]);
 }
 
+static inline __attribute__((always_inline)) void column_of_pairs(
+    float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int vectors, int k, int add) {
+    int tall = vectors > 2 ? 4 : 8;
+    for (int i = 0; i < m; i += tall) tile_of_pairs(c + i * ldc, ldc, a + i * lda, lda, b, ldb, tall, vectors, k, add);
+}
+
 static void product_of_pairs(float *c, long ldc, const half *a, long lda, const half *b, long ldb, int m, int n, int k, int add) {
-    for (int i = 0; i < m; i += 4) {
-        int j = 0;
-        for (; j + 4 * LANES <= n; j += 4 * LANES) four_rows_of_pairs(c + i * ldc + j, ldc, a + i * lda, lda, b + 2 * j, ldb, 4, k, add);
-        for (; j < n; j += 2 * LANES) four_rows_of_pairs(c + i * ldc + j, ldc, a + i * lda, lda, b + 2 * j, ldb, 2, k, add);
-    }
+    for (; n >= 4 * LANES; n -= 4 * LANES, b += 8 * LANES, c += 4 * LANES) column_of_pairs(c, ldc, a, lda, b, ldb, m, 4, k, add);
+    if (n == 3 * LANES) column_of_pairs(c, ldc, a, lda, b, ldb, m, 3, k, add);
+    if (n == 2 * LANES) column_of_pairs(c, ldc, a, lda, b, ldb, m, 2, k, add);
+    if (n == LANES) column_of_pairs(c, ldc, a, lda, b, ldb, m, 1, k, add);
 }
 
 #ifdef TILES
@@ -470,16 +513,19 @@ static void product_of_tiles(float *c, long ldc, const half *a, long lda, const 
 
 #endif
 
-static Product *halves_product = product_of_pairs; /* or, if prepare_halves() finds them, product_of_tiles */
+/* Or, if prepare_halves() finds tiles, by them: two by two, 16 x 16 numbers each. */
+static Product *halves_product = product_of_pairs;
+static int halves_unit = LANES;
 
-/* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side. */
+/* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side; 0 where rows end. */
 static void pairs_across(half *to, const half *from, long row, int rows, int width) {
-    for (int q = 0; q < B; q += LANES) {
-        __mmask16 there = rows >= q + LANES ? 0xffff : rows <= q ? 0 : (1 << (rows - q)) - 1;
-        __m512i places = _mm512_mullo_epi32((__m512i)ORDER, _mm512_set1_epi32(row));
-        for (int d = 0; d < width; d += 2)
-            _mm512_storeu_si512(to + d * B + 2 * q, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, from + q * row + d, 2));
-    }
+    __m512i r[16];
+    for (int q = 0; q < B; q += LANES)
+        for (int d = 0; d < width; d += 2 * LANES) {
+            for (int i = 0; i < LANES; i++) r[i] = q + i < rows ? _mm512_loadu_si512(from + (q + i) * row + d) : _mm512_setzero_si512();
+            turn(r);
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + (d + 2 * i) * B + 2 * q, r[i]);
+        }
 }
 
 /* to [B / 2][width][2]: pairs of the rows of from [rows][width] interleaved. */
@@ -492,11 +538,15 @@ static void pairs_down(half *to, const half *from, long row, int rows, int width
     }
 }
 
-/* A column of from [width][B], rounded. */
-static void put_column(half *to, const float *from, int width) {
-    __m512i places = _mm512_mullo_epi32((__m512i)ORDER, _mm512_set1_epi32(B));
-    for (int d = 0; d < width; d += LANES)
-        _mm256_storeu_si256((void *)(to + d), (__m256i)_mm512_cvtneps_pbh(_mm512_i32gather_ps(places, from + d * B, 4)));
+/* to [rows][width] = from [width][B] transposed and rounded. */
+static void put_across(half *to, long row, const float *from, int rows, int width) {
+    __m512i r[16];
+    for (int q = 0; q < rows; q += LANES)
+        for (int d = 0; d < width; d += LANES) {
+            for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_si512(from + (d + i) * B + q);
+            turn(r);
+            for (int i = 0; i < LANES && q + i < rows; i++) _mm256_storeu_si256((void *)(to + (q + i) * row + d), (__m256i)_mm512_cvtneps_pbh((__m512)r[i]));
+        }
 }
 
 /* Weights [B][B] in bfloat16, row by row. */
@@ -552,28 +602,26 @@ static void forward_block_of_halves(const Job *job, const Seen *seen, Team team,
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        int whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : B / 2;
+        Part parts[B / LANES];
+        int whole = sees_whole(s, q0, q0 + rows), count = parts_of(job, s, k0, q0, rows, halves_unit, 1, parts);
         for (long h = 0; h < team.count; h++) {
             float *sums = own + h * each, *top = sums + B * width, *shrink = top + 2 * B;
             const half *query = (half *)(shrink + B);
-            for (int k = 0; k < B; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                halves_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
-            }
-            softmax_block(job, scores, B, k0, q0, whole, top, top + B, shrink);
-            for (int d = 0; d < width; d++)
-                for (int v = 0; v < VECTORS; v++) *(vec *)(sums + d * B + v * LANES) *= *(vec *)(shrink + v * LANES);
+            for (Part *p = parts; p < parts + count; p++)
+                halves_product(scores + p->key * B + p->from, B, key + (k0 + p->key) * width, width, query + 2 * p->from, 2 * B,
+                               p->keys, p->to - p->from, width, 0);
+            softmax_block(job, scores, parts, count, whole, k0, q0, top, top + B, shrink);
+            rescale(sums, shrink, width);
             narrowed_pairs(weights, scores);
-            for (int k = 0; k < B; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                halves_product(sums + p.from, B, value_across + k0 * width + k, B, weights + k * B + 2 * p.from, 2 * B, width, p.to - p.from, unit, 1);
-            }
+            for (Part *p = parts; p < parts + count; p++)
+                halves_product(sums + p->from, B, value_across + k0 * width + p->key, B, weights + p->key * B + 2 * p->from, 2 * B,
+                               width, p->to - p->from, p->keys, 1);
         }
     }
     for (long h = 0; h < team.count; h++) {
         float *sums = own + h * each, *top = sums + B * width;
         end_rows(job, team.first + h, q0, rows, sums, top, top + B);
-        for (int q = 0; q < rows; q++) put_column(half_of(&job->out, team.first + h, q0 + q), sums + q, width);
+        put_across(half_of(&job->out, team.first + h, q0), job->out.row, sums, rows, width);
     }
 }
 
@@ -615,31 +663,32 @@ static void backward_block_of_halves(const Job *job, const Seen *seen, Team team
     for (long k0 = 0; k0 < job->keys; k0 += B) {
         Seen s = seen[k0 / B];
         if (!sees(s, q0, q0 + rows)) continue;
-        int whole = s.whole_from <= q0 && q0 + rows <= s.whole_to, unit = whole ? B : B / 2;
+        Part parts[B / LANES];
+        int whole = sees_whole(s, q0, q0 + rows), count = parts_of(job, s, k0, q0, rows, halves_unit, 1, parts);
         for (long h = 0; h < team.count; h++) {
             Own own = own_of(memory + h * own_floats(width), width);
-            for (int k = 0; k < B; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                halves_product(scores + k * B + p.from, B, key + (k0 + k) * width, width, own.query + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
-                halves_product(d_weights + k * B + p.from, B, value + (k0 + k) * width, width, own.grad + 2 * p.from, 2 * B, unit, p.to - p.from, width, 0);
+            for (Part *p = parts; p < parts + count; p++) {
+                long at = p->key * B + p->from, row = (k0 + p->key) * width;
+                halves_product(scores + at, B, key + row, width, own.query + 2 * p->from, 2 * B, p->keys, p->to - p->from, width, 0);
+                halves_product(d_weights + at, B, value + row, width, own.grad + 2 * p->from, 2 * B, p->keys, p->to - p->from, width, 0);
             }
-            weights_block(job, scores, d_weights, B, k0, q0, whole, own.lse, own.delta);
+            weights_block(job, scores, d_weights, parts, count, whole, k0, q0, own.lse, own.delta);
             narrowed(weights, scores);
             narrowed(d_scores, d_weights);
             narrowed_pairs(pairs, d_weights);
-            for (int k = 0; k < B; k += unit) {
-                Part p = whole ? (Part){0, B} : part_of(job, k0 + k, q0, unit);
-                long at = (k0 + k) * width, place = k * B + p.from, seeing = p.to - p.from;
-                halves_product(d_value + at, width, weights + place, B, own.grad_down + p.from * width, 2 * width, unit, width, seeing, 1);
-                halves_product(d_key + at, width, d_scores + place, B, own.query_down + p.from * width, 2 * width, unit, width, seeing, 1);
-                halves_product(own.d_query + p.from, B, key_across + k0 * width + k, B, pairs + k * B + 2 * p.from, 2 * B, width, seeing, unit, 1);
+            for (Part *p = parts; p < parts + count; p++) {
+                long row = (k0 + p->key) * width, at = p->key * B + p->from, seeing = p->to - p->from;
+                halves_product(d_value + row, width, weights + at, B, own.grad_down + p->from * width, 2 * width, p->keys, width, seeing, 1);
+                halves_product(d_key + row, width, d_scores + at, B, own.query_down + p->from * width, 2 * width, p->keys, width, seeing, 1);
+                halves_product(own.d_query + p->from, B, key_across + k0 * width + p->key, B, pairs + p->key * B + 2 * p->from, 2 * B,
+                               width, seeing, p->keys, 1);
             }
         }
     }
     for (long h = 0; h < team.count; h++) {
         Own own = own_of(memory + h * own_floats(width), width);
         for (long i = 0; i < B * width; i += LANES) *(vec *)(own.d_query + i) *= job->scale;
-        for (int q = 0; q < rows; q++) put_column(half_of(&job->d_query, team.first + h, q0 + q), own.d_query + q, width);
+        put_across(half_of(&job->d_query, team.first + h, q0), job->d_query.row, own.d_query, rows, width);
     }
 }
 
@@ -650,7 +699,7 @@ static void backward_block_of_halves(const Job *job, const Seen *seen, Team team
 /* Asks Linux for tiles, which from now on compute bfloat16 where they are. Is it computed here at all? */
 int prepare_halves(void) {
 #ifdef TILES
-    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0) halves_product = product_of_tiles;
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0) halves_product = product_of_tiles, halves_unit = 2 * LANES;
 #endif
 #ifdef HALVES
     return 1;
