@@ -61,6 +61,13 @@ def test_output_and_gradients_are_the_dense_masks(plan, kind, shape):
     assert off(plan, kind, **shape) < KINDS[kind]
 
 
+def test_rows_that_share_nothing_do_not_see_the_blocks_before(kind):
+    """Of the second block of queries, six see keys of the first block, the other 58 none but of later ones."""
+    noise = np.random.default_rng(2)
+    rows = [np.concatenate([[first], noise.integers(2, 9, length)]) for first, length in ((0, 69), (1, 79))]
+    assert off(trie_batch(build([example(row, 1) for row in rows]))["trie"], kind) < KINDS[kind]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5, 40])
 def test_any_number_of_threads_computes_the_same(plan, kind, threads):
     before = torch.get_num_threads()
@@ -226,7 +233,7 @@ def test_what_is_no_number_stays_none(plan, kind):
     assert bool(out[0, 3, 100].isnan().all()) and int(out.isnan().sum()) == out.shape[-1]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "threads"), [(1, 1, 3), (8, 8, 3), (9, 3, 2), (12, 2, 5), (32, 8, 7), (6, 6, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "threads"), [(1, 1, 3), (8, 8, 3), (9, 3, 2), (12, 2, 5), (32, 8, 7), (6, 6, 64), (12, 12, 16), (32, 32, 16)])
 def test_each_thread_has_room_for_the_heads_it_meets(plan, kind, heads, kv_heads, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from weitiao.data.conversation import Conversation, Message
 from weitiao.data.stored import TrainingRow
 from weitiao.errors import TrainingStopped
 from weitiao.train import loop
-from weitiao.train.loop import Schedule, StreamedSchedule, Training, deal
+from weitiao.train.loop import Schedule, StreamedSchedule, Training, deal, what_is_there_stays
 from weitiao.train.optimizer import warmup_steps
 
 
@@ -402,3 +403,12 @@ def test_two_processes_give_the_losses_of_one(tokenizer, tmp_path, method, budge
     assert two["world"] == 2
     assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
     assert two["eval"] == pytest.approx([e["eval_loss"] for e in one.listener.evaluations], rel=1e-5)
+
+
+def test_what_is_there_before_the_steps_is_not_looked_through_for_garbage():
+    with what_is_there_stays():
+        assert gc.get_freeze_count()
+        with what_is_there_stays():
+            pass
+        assert gc.get_freeze_count()  # who froze it lets it go
+    assert not gc.get_freeze_count()

@@ -1,6 +1,6 @@
 """A CPU's own way to attend over a trie: native/attention.c, which the machine's C compiler builds (`compiled`).
 
-    query, key, value ── blocks of 64 keys x 64 queries: skipped, whole, or masked ── out, log-sum-exp; their gradients
+    query, key, value ── blocks of 64 keys x 64 queries: skipped, whole, or in parts ── out, log-sum-exp; their gradients
 
 Scores stay in the processor's cache, and what no query sees is skipped; float32 goes by vectors, bfloat16 by the matrix tiles
 of AMX or by AVX-512's products of pairs, and as float32 where a processor has neither. Where there is no compiler, or where
@@ -21,6 +21,7 @@ from weitiao.data.batch import Plan
 from weitiao.model import compiled
 
 BLOCK, LANES, TILE = 64, 16, 32
+WIDEST = 1024  # of a head: the zeros of attention.c
 # What a trial may differ by from float64, relative to the largest number.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -51,7 +52,7 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Are these of a type and width that it computes, and is it here?"""
     multiple = {torch.float32: LANES, torch.bfloat16: TILE}.get(query.dtype)
     same = query.dtype is key.dtype is value.dtype and query.shape[-1] == key.shape[-1] == value.shape[-1]
-    return multiple is not None and same and query.shape[-1] % multiple == 0 and query.shape[0] == 1 and trouble(query.dtype) is None
+    return multiple is not None and same and query.shape[-1] % multiple == 0 and query.shape[-1] <= WIDEST and query.shape[0] == 1 and trouble(query.dtype) is None
 
 
 @functools.cache
@@ -153,10 +154,11 @@ class ByBlocks(torch.autograd.Function):
 
 def _room_for_sums(query: torch.Tensor, key: torch.Tensor, threads: int) -> tuple[int, int, int, int, int]:
     """[threads, 2, key heads that one thread meets at most, keys up to whole blocks, width]: gradients of keys and values, added up by each
-    thread for itself. Threads get runs of like work, head by head, and one block more at most."""
+    thread for itself. Threads get runs of like work, team by team of heads, to half a block of queries more at either end: the key heads in
+    between are whole, and less than a thread's share."""
     heads, key_heads = query.shape[1], key.shape[1]
-    met = heads // threads + 3
-    return threads, 2, min(key_heads, -(-met // (heads // key_heads)) + 1), -(-key.shape[2] // BLOCK) * BLOCK, key.shape[3]
+    share = -(-heads // threads)
+    return threads, 2, min(key_heads, -(-share // (heads // key_heads)) + 1), -(-key.shape[2] // BLOCK) * BLOCK, key.shape[3]
 
 
 def _as_computed(x: torch.Tensor) -> torch.Tensor:

@@ -87,8 +87,8 @@ static int parts_of(const Job *job, Seen seen, long k0, long q0, int rows, int u
         to = least(queries, to - q0 + unit - 1) / unit * unit;
         if (from >= to) continue;
         if (padded) keys = unit;
-        Part *before = parts + count - 1;
-        if (count && before->from == from && before->to == to && before->key + before->keys == k) before->keys += keys;
+        Part *before = count ? parts + count - 1 : NULL;
+        if (before && before->from == from && before->to == to && before->key + before->keys == k) before->keys += keys;
         else parts[count++] = (Part){k, keys, from, to};
     }
     return count;
@@ -109,15 +109,16 @@ static Team team_of(const Job *job, long team) {
     return (Team){team / teams, team / teams * heads + first, least(each, heads - first)};
 }
 
-/* Items (team, block of queries), team by team, in as many runs of like work as there are threads: starts [threads + 1]. 1: no memory. */
+/* Items (team, block of queries), team by team, in as many runs of like work as there are threads: starts [threads + 1]. A run begins at the
+ * item whose middle is the first behind its share. 1: no memory. */
 static int share_out(const Job *job, const Seen *seen, long *starts) {
     long blocks = (job->queries + B - 1) / B, key_blocks = (job->keys + B - 1) / B, total = 0, done = 0, thread = 1;
     long *work = malloc(blocks * sizeof(long));
     if (!work) return 1;
     for (long i = 0; i < blocks; i++) {
         long q0 = i * B, q1 = least(q0 + B, job->queries);
-        work[i] = 1; /* a block that is seen in part is about half of one */
-        for (long j = 0; j < key_blocks; j++)
+        work[i] = 1;
+        for (long j = 0; j < key_blocks; j++) /* a block that is seen in part is about half the work */
             if (sees(seen[j], q0, q1)) work[i] += sees_whole(seen[j], q0, q1) ? 4 : 2;
         total += work[i];
     }
@@ -162,13 +163,14 @@ static inline __mmask16 mask_of(const Job *job, long key, long q) {
     return _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(job->first[key])), at, _mm512_set1_epi32(job->last[key]));
 }
 
-/* Below what a query's largest score begins with, so that a weight of 0 comes of it. */
+/* What a query's largest score begins with, and what stands for a key that it does not see: so far below that it weighs 0. */
 #define NOTHING_YET -1e30f
 #define UNSEEN -2e30f
 
 /* One block of the online softmax: scores [B][B] become weights; top and total [B], of all keys so far, go on; shrink [B] is what the sums
- * so far are worth by the new top. Only what is in a part is read and written. */
-static void softmax_block(const Job *job, float *scores, const Part *parts, int count, int whole, long k0, long q0, float *top, float *total, float *shrink) {
+ * so far are worth by the new top. Of the scores, only what is in a part is read and written. */
+static void softmax_block(
+    const Job *job, float *scores, const Part *parts, int count, int whole, long k0, long q0, float *top, float *total, float *shrink) {
     float factor = job->scale * LOG2E;
     for (int v = 0; v < VECTORS; v++) {
         vec before = *(vec *)(top + v * LANES), most = before, sum = {};
@@ -197,7 +199,8 @@ static void softmax_block(const Job *job, float *scores, const Part *parts, int 
 }
 
 /* Of the backward pass: scores become weights p, d_weights become p (d_weights - delta). lse in powers of 2. */
-static void weights_block(const Job *job, float *scores, float *d_weights, const Part *parts, int count, int whole, long k0, long q0, const float *lse, const float *delta) {
+static void weights_block(
+    const Job *job, float *scores, float *d_weights, const Part *parts, int count, int whole, long k0, long q0, const float *lse, const float *delta) {
     float factor = job->scale * LOG2E;
     for (const Part *part = parts; part < parts + count; part++)
         for (int k = part->key; k < part->key + part->keys; k++)
@@ -258,8 +261,9 @@ static inline __attribute__((always_inline)) void tile(
 /* The same for all rows, by tiles that keep the processor's units for sums busy. */
 static inline __attribute__((always_inline)) void column(
     float *c, long ldc, const float *a, long a_row, long a_column, const float *b, long ldb, int m, int vectors, int k, int add) {
-    int i = 0, tall = vectors > 2 ? 4 : 8;
-    for (; i + tall <= m; i += tall) tile(c + i * ldc, ldc, a + i * a_row, a_row, a_column, b, ldb, tall, vectors, k, add);
+    int i = 0;
+    for (; vectors < 3 && i + 8 <= m; i += 8) tile(c + i * ldc, ldc, a + i * a_row, a_row, a_column, b, ldb, 8, vectors, k, add);
+    for (; i + 4 <= m; i += 4) tile(c + i * ldc, ldc, a + i * a_row, a_row, a_column, b, ldb, 4, vectors, k, add);
     for (; i < m; i++) tile(c + i * ldc, ldc, a + i * a_row, a_row, a_column, b, ldb, 1, vectors, k, add);
 }
 
@@ -298,7 +302,7 @@ static inline void turn(__m512i r[16]) {
     }
 }
 
-/* to [width][B] = from [rows][width] transposed, 0 where rows end. */
+/* to [width][B] = from [rows][width] transposed, 0 where rows end. width: a multiple of 16. */
 static void transposed(float *to, const float *from, long row, int rows, int width) {
     __m512i r[16];
     for (int q = 0; q < B; q += LANES)
@@ -513,11 +517,11 @@ static void product_of_tiles(float *c, long ldc, const half *a, long lda, const 
 
 #endif
 
-/* Or, if prepare_halves() finds tiles, by them: two by two, 16 x 16 numbers each. */
+/* How bfloat16 is multiplied, and what m, n and k are multiples of: by pairs or, if prepare_halves() finds tiles, by two times two of them. */
 static Product *halves_product = product_of_pairs;
 static int halves_unit = LANES;
 
-/* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side; 0 where rows end. */
+/* to [width / 2][B][2]: from [rows][width] transposed, its pairs side by side; 0 where rows end. width: a multiple of 32. */
 static void pairs_across(half *to, const half *from, long row, int rows, int width) {
     __m512i r[16];
     for (int q = 0; q < B; q += LANES)
@@ -549,7 +553,7 @@ static void put_across(half *to, long row, const float *from, int rows, int widt
         }
 }
 
-/* Weights [B][B] in bfloat16, row by row. */
+/* Weights [B][B] in bfloat16, row by row. What stands outside of the parts is turned, too, and read by nobody. */
 static void narrowed(half *to, const float *from) {
     for (int i = 0; i < B * B; i += 32)
         _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i)));
