@@ -275,6 +275,16 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_bit_for_bit(how, unint
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_stopped_before_the_first_step_it_says_that_nothing_is_kept_and_keeps_nothing(how, code, model_folder, rows_file, tmp_path):
+    process = start(["train", "--model", model_folder, "--data", rows_file, "--output", "run", *LONG], tmp_path)
+    assert any("rows" in line for line in process.stdout)  # it reads, and is past what Python does before it listens
+    process.send_signal(getattr(signal, how))
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, list(tmp_path.iterdir())) == (code, [])
+    assert err.strip().endswith("Stopped before the first step was done; nothing is kept.")
+
+
 def test_two_processes_train_save_and_go_on_as_one(model_folder, rows_file, tmp_path, weitiao):
     words = ["train", "--model", model_folder, "--data", rows_file, *FAST, "data.eval_share=0.2", "saving.every=3",
              "training.nodes_per_pass=60", "evaluation.metric=exact_match"]

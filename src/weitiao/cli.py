@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -367,8 +368,15 @@ TORCH_READS = {
 
 def main() -> None:
     """Run a command; a user's mistake ends in one message and exit code 2, a signal in the shell's own code for it."""
-    from weitiao.errors import OutOfMemory, WeitiaoError
+    from weitiao.errors import OutOfMemory, Terminated, WeitiaoError
 
+    terminated = []
+
+    def terminate(number: int, frame: object) -> None:
+        terminated.append(number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     for name, value in TORCH_READS.items():
         os.environ.setdefault(name, value)
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # a byte or a character that the console lacks is no reason to stop
@@ -379,6 +387,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == 130:  # typer ends so, in silence, on Ctrl-C
             typer.echo("\nStopped.", err=True)
+            sys.exit(128 + terminated[0] if terminated else 130)
         raise
     except WeitiaoError as mistake:
         from weitiao.screen import error

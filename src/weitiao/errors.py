@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
+import signal
 from collections.abc import Iterable
 
 
@@ -81,10 +82,18 @@ class TrainingStopped(WeitiaoError):
     pass
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does, what is half made put away, under the shell's own code for it."""
+
+
 class Interrupted(WeitiaoError):
-    def __init__(self, found: str, signal_number: int):
+    """Ended by a signal: its number, or what it raised."""
+
+    def __init__(self, found: str, by: int | KeyboardInterrupt):
         super().__init__(found)
-        self.exit_code = 128 + signal_number
+        if isinstance(by, KeyboardInterrupt):
+            by = signal.SIGTERM if isinstance(by, Terminated) else signal.SIGINT
+        self.exit_code = 128 + by
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -71,6 +71,7 @@ def _up_to_an_error(chunks: Iterator[Any], errors: list[WeitiaoError]) -> Iterat
 def _begin(work: Callable[..., Any], beside: bool) -> None:
     global _work_of_all
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a pool ends its processes by it
     if beside:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(os, "nice"):

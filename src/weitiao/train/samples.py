@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,9 +57,9 @@ def answer_prompts(
                                  layout=settings.training.layout)
         write(run, asked.prompts, answers)
         show(asked.prompts, answers, screen)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         raise Interrupted(f"Stopped while answering. The run is finished; ask it: weitiao generate {run.path} --prompt \"…\"",
-                          signal.SIGINT) from None
+                          end) from None
 
 
 def write(run: RunFolder, prompts: Sequence[str], answers: Sequence[Answer]) -> None:

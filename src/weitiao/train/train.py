@@ -122,8 +122,8 @@ def nothing_kept(settings: Settings) -> Iterator[None]:
     """Ctrl-C, or no more memory, before there is a run folder."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(NOTHING_KEPT, signal.SIGINT) from None
+    except KeyboardInterrupt as end:
+        raise Interrupted(NOTHING_KEPT, end) from None
     except (MemoryError, RuntimeError, OSError) as failure:
         if told := OutOfMemory.of(failure, less_memory(settings)):
             raise told from failure
@@ -560,8 +560,8 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
     if not job.accelerator.is_main_process:
         try:
             yield run
-        except KeyboardInterrupt:
-            raise Interrupted("Stopped at once.", signal.SIGINT) from None
+        except KeyboardInterrupt as end:
+            raise Interrupted("Stopped at once.", end) from None
         return
     with run.locked():
         RunFolder.refuse_taken(path)  # again, now that nobody else can take it
@@ -575,7 +575,7 @@ def claim(job: Job, path: Path) -> Iterator[RunFolder]:
                     with contextlib.suppress(OSError):  # if it is empty now
                         path.parent.rmdir()
             if isinstance(end, KeyboardInterrupt):
-                raise Interrupted(f"Stopped at once. Go on: weitiao train {path} --resume" if is_kept else NOTHING_KEPT, signal.SIGINT) from None
+                raise Interrupted(f"Stopped at once. Go on: weitiao train {path} --resume" if is_kept else NOTHING_KEPT, end) from None
             raise
 
 
