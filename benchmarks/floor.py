@@ -1,6 +1,6 @@
 """How far a step is from its floor: the matrix products it needs, at the rate that this machine reaches on them.
 
-    python benchmarks/floor.py --data FOLDER [--jobs resume/lora/fp32 resume/lora/bf16 alpaca/lora/fp32 alpaca/lora/bf16] [--steps 2] [--threads 2]
+    python benchmarks/floor.py --data FOLDER [--jobs resume/lora/fp32 resume/lora/bf16 alpaca/lora/fp32 alpaca/lora/bf16] [--steps 2] [--nodes 4096] [--threads 2]
 
 FOLDER holds the rows' files (benchmarks/jobs.py). For each job, in a process of its own:
 
@@ -180,7 +180,7 @@ def alone(products: Counter[Product]) -> tuple[float, float, Product]:
     return seconds + (work - done) / min(rates.values()), rates[best], best
 
 
-def measure(job: Job, data: Path, steps: int) -> None:
+def measure(job: Job, data: Path, steps: int, nodes: int | None) -> None:
     import torch
 
     class Clock(Watch):
@@ -195,7 +195,7 @@ def measure(job: Job, data: Path, steps: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         prepared = as_weitiao_reads(job, data, Path(place), steps + 2)
     clock, counted = Clock(), Counted()
-    training = training_of(prepared, clock)
+    training = training_of(prepared, clock, nodes)
     training.fit(1)  # the first step warms up
     with counted.mode:
         training.fit(2)
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--jobs", nargs="+", default=DEFAULT)
     parser.add_argument("--steps", type=int, default=2, help="timed, after one that warms up and one that is counted")
+    parser.add_argument("--nodes", type=int, help="of a pass; default: as weitiao chooses them")
     parser.add_argument("--threads", type=int, help="default: torch's own, OMP_NUM_THREADS")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -242,10 +243,10 @@ def main() -> None:
             import torch
 
             torch.set_num_threads(options.threads)
-        return measure(Job.named(options.jobs[0]), options.data, options.steps)
+        return measure(Job.named(options.jobs[0]), options.data, options.steps, options.nodes)
     for name in options.jobs:
         subprocess.run([sys.executable, __file__, "--child", "--data", options.data, "--jobs", name, "--steps", str(options.steps),
-                        *(["--threads", str(options.threads)] if options.threads else [])], check=True)
+                        *(word for name in ("nodes", "threads") if getattr(options, name) for word in (f"--{name}", str(getattr(options, name))))], check=True)
 
 
 if __name__ == "__main__":

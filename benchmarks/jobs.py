@@ -141,15 +141,15 @@ def as_weitiao_reads(job: Job, data: Path, place: Path, steps: int) -> Any:
     return prepare(settings, Screen(quiet=True))
 
 
-def training_of(prepared: Any, listener: Any) -> Any:
-    """The run that the command would make of it, without a run folder and without the proof."""
+def training_of(prepared: Any, listener: Any, nodes: int | None = None) -> Any:
+    """The run that the command would make of it, without a run folder and without the proof. nodes: of a pass, in place of the usual."""
     from weitiao.model import heap
     from weitiao.train.loop import Training
     from weitiao.train.train import guessed
 
     heap.kept().__enter__()  # as within one call of `fit`: here it is called for some steps at a time
 
-    budget = prepared.planned.budget if prepared.planned else guessed(prepared, False, "trie")
+    budget = nodes or (prepared.planned.budget if prepared.planned else guessed(prepared, False, "trie"))
     return Training(prepared.settings, None, prepared.model, prepared.method, "base", prepared.template, prepared.data.rows, [],
                     prepared.accelerator, "trie", budget, listener)
 
