@@ -285,6 +285,37 @@ def test_stopped_before_the_first_step_it_says_that_nothing_is_kept_and_keeps_no
     assert err.strip().endswith("Stopped before the first step was done; nothing is kept.")
 
 
+LOST = """
+import os, signal, sys, threading, time
+from weitiao import cli
+from weitiao.errors import Terminated
+
+def terminate(number, frame):
+    raise Terminated
+
+class Slow:
+    def __del__(self):
+        for _ in range(20_000): pass
+
+signal.signal(signal.SIGTERM, terminate)
+sys.unraisablehook = cli.ask_again
+threading.Timer(0.3, os.kill, [os.getpid(), getattr(signal, sys.argv[1])]).start()
+end = time.monotonic() + 60
+try:
+    while time.monotonic() < end:
+        Slow()
+        for _ in range(2_000): pass
+except KeyboardInterrupt as stop:
+    print(type(stop).__name__)
+"""
+
+
+@pytest.mark.parametrize(("how", "what"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "Terminated")])
+def test_a_signal_that_comes_while_objects_are_deleted_is_not_lost(how, what):
+    done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr) == (what, "")
+
+
 def test_two_processes_train_save_and_go_on_as_one(model_folder, rows_file, tmp_path, weitiao):
     words = ["train", "--model", model_folder, "--data", rows_file, *FAST, "data.eval_share=0.2", "saving.every=3",
              "training.nodes_per_pass=60", "evaluation.metric=exact_match"]

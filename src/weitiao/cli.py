@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weitiao.config import Settings
+    from weitiao.errors import WeitiaoError
     from weitiao.settings.data import Source
 
 app = typer.Typer(
@@ -366,6 +369,18 @@ TORCH_READS = {
 }
 
 
+def ask_again(lost: sys.UnraisableHookArgs) -> None:
+    """What a signal raises while some object is being deleted, Python prints and forgets: it is sent once more, a moment later."""
+    from weitiao.errors import Terminated
+
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.02, _thread.interrupt_main, [signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT])
+    again.daemon = True
+    again.start()
+
+
 def main() -> None:
     """Run a command; a user's mistake ends in one message and exit code 2, a signal in the shell's own code for it."""
     from weitiao.errors import OutOfMemory, Terminated, WeitiaoError
@@ -377,6 +392,7 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = ask_again
     for name, value in TORCH_READS.items():
         os.environ.setdefault(name, value)
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # a byte or a character that the console lacks is no reason to stop
@@ -390,17 +406,21 @@ def main() -> None:
             sys.exit(128 + terminated[0] if terminated else 130)
         raise
     except WeitiaoError as mistake:
-        from weitiao.screen import error
-
-        error(str(mistake))
-        sys.exit(mistake.exit_code)
+        end_with(mistake)
     except (MemoryError, RuntimeError, OSError) as failure:
         if not (told := OutOfMemory.of(failure)):
             raise
+        end_with(told)
+
+
+def end_with(mistake: WeitiaoError) -> None:
+    try:
         from weitiao.screen import error
 
-        error(str(told))
-        sys.exit(told.exit_code)
+        error(str(mistake))
+    except (MemoryError, ImportError):  # where so little is left, without colours
+        typer.echo(str(mistake), err=True)
+    sys.exit(mistake.exit_code)
 
 
 if __name__ == "__main__":

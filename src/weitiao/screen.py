@@ -240,6 +240,7 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)(\..*)?")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # nor needed: their state lies where they would page it to
     for name in BITSANDBYTES_LINES:
         standard.getLogger(name).addFilter(_worth_showing)
 

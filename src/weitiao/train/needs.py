@@ -20,7 +20,7 @@ import torch
 
 from weitiao.config import Settings
 from weitiao.data.packing import NEVER, WORTH, Part, padded_passes, parts, room, trie_passes, trie_rows, with_stems
-from weitiao.errors import SettingError
+from weitiao.errors import OutOfMemory, SettingError
 from weitiao.model import load as loading
 from weitiao.model import heap, offload, products, stream
 from weitiao.model.methods import count_parameters, method_of
@@ -266,6 +266,8 @@ def _settled(subject: Subject, target: Target, layout: str | None) -> Plan:
     except SettingError:
         raise
     except Exception as error:  # a model's own code, which may do anything, and may not take fewer layers
+        if told := OutOfMemory.of(error):
+            raise told from error
         raise NoPlan(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}") from error
 
 

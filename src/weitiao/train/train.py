@@ -156,8 +156,11 @@ def resume(path: Path, screen: Screen | None = None) -> RunFolder:
             run.cut_metrics(step)
             run.forget_after(step)
         job.accelerator.wait_for_everyone()
-        with encoding_beside(job, screen):
-            return carry_out(job, run, checkpoint, screen)
+        try:
+            with encoding_beside(job, screen):
+                return carry_out(job, run, checkpoint, screen)
+        except KeyboardInterrupt as end:
+            raise Interrupted(f"Stopped at once. Go on: weitiao train {path} --resume", end) from None
 
 
 def encoding_beside(job: Job, screen: Screen) -> contextlib.AbstractContextManager[None]:
@@ -220,14 +223,14 @@ def plan_of(subject: Subject, accelerator: Any, screen: Screen, layout: str | No
     """What the run will need here; None where that cannot be told. The first of several processes tells, so that all do the same."""
     if subject.settings.model.device_map in loading.SPREADS:
         return None  # over several devices, as accelerate sees fit
-    planned: Plan | NoPlan | SettingError | None = None
+    planned: Plan | NoPlan | SettingError | OutOfMemory | None = None
     if accelerator.is_main_process:
         try:
             planned = needs(subject, Target.here(accelerator.device, accelerator.num_processes), layout)
-        except (NoPlan, SettingError) as reason:
+        except (NoPlan, SettingError, OutOfMemory) as reason:
             planned = reason
     (planned,) = broadcast_object_list([planned])
-    if isinstance(planned, SettingError):
+    if isinstance(planned, SettingError | OutOfMemory):
         raise planned
     if isinstance(planned, NoPlan):
         screen.tell(f"No plan of the memory: {str(planned).rstrip('.')}.", style="yellow")
@@ -765,7 +768,7 @@ def interruptible(screen: Screen, on_signal: Callable[[], None] | None = None) -
         signals.append(number)
         if on_signal:
             on_signal()
-        screen.tell("\nStopping after this pass and saving. Ctrl-C again to stop at once.", style="yellow")
+        screen.tell("\nStopping after this pass, or the evaluation that is under way, and saving. Ctrl-C again to stop at once.", style="yellow")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
