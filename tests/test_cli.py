@@ -223,8 +223,9 @@ def test_other_rows_than_it_began_with_are_refused(weitiao, model_folder, tmp_pa
 
 def start(words, cwd) -> subprocess.Popen:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # A shell lets what it runs in the background ignore Ctrl-C, these tests too.
     return subprocess.Popen([sys.executable, "-m", "weitiao", *map(str, words)], cwd=cwd, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
@@ -298,6 +299,7 @@ class Slow:
         for _ in range(20_000): pass
 
 signal.signal(signal.SIGTERM, terminate)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.unraisablehook = cli.ask_again
 threading.Timer(0.3, os.kill, [os.getpid(), getattr(signal, sys.argv[1])]).start()
 end = time.monotonic() + 60
