@@ -234,7 +234,7 @@ def read_scalar(text: str) -> Any:
 def _read_yaml(file: str) -> dict[str, Any]:
     path = Path(file)
     if (path / "config.yaml").is_file():
-        raise SourceError(f"{file} is a folder of a run.", "Expected a YAML file of settings.", f"Those of the run: {path / 'config.yaml'}")
+        raise SourceError(f"{file} is a folder.", "Expected a YAML file of settings.", f"Such as {path / 'config.yaml'}")
     if path.is_dir():
         inside = sorted(path.glob("*.y*ml"))
         raise SourceError(f"{file} is a folder, and no run.", "Expected a YAML file of settings, or a run folder.",
